@@ -1,0 +1,154 @@
+"""Augmentation as batched tensor ops: *sample* every image's parameters, then *apply* them.
+
+The semantics are those of albumentations 2.0.8 with OpenCV 5, proven in tests/test_augment.py.
+Images are (N, C, W, W), in any unit; W = 32 in this project.
+"""
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BORDERS = ("reflect101", "constant")
+
+
+@dataclass(frozen=True)
+class Policy:
+    """What is drawn for an image, and with which probability."""
+
+    flip_p: float = 0.5
+    shift: float = 0.0625  # largest shift, as a fraction of the width
+    scale: float = 0.1  # largest change of scale, x and y drawn independently
+    rotate: float = 15.0  # largest angle, degrees
+    affine_p: float = 0.5
+    border: str = "reflect101"  # what lies outside the image: its mirror image, or the fill
+    cutout: int = 16  # side of the hole, pixels
+    cutout_p: float = 0.5
+    rgb_shift: tuple[float, float, float] = (0.0, 0.0, 0.0)  # largest shift a channel, levels
+    rgb_shift_p: float = 0.0
+    brightness: float = 0.0  # largest change, as a fraction of 255
+    contrast: float = 0.0  # largest change of the factor
+    brightness_contrast_p: float = 0.0
+
+
+@dataclass(frozen=True)
+class Params:
+    """Drawn parameters of N images; what an image did not draw is 0 there (1 for factors)."""
+
+    flip: Tensor  # bool (N,)
+    affine: Tensor  # bool (N,): whether the next three are used
+    angle: Tensor  # float32 (N,), degrees
+    scale: Tensor  # float32 (N, 2): x, y
+    shift: Tensor  # float32 (N, 2): x, y, whole pixels
+    hole: Tensor  # int64 (N, 4): x_min, y_min, x_max, y_max, the last two exclusive
+    rgb_shift: Tensor  # float32 (N, 3), whole levels
+    alpha: Tensor  # float32 (N,), contrast factor
+    beta: Tensor  # float32 (N,), brightness, levels
+
+    def __getitem__(self, index: slice | Tensor) -> "Params":
+        """The parameters of some of the images."""
+        return Params(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
+
+
+def sample(policy: Policy, count: int, size: int, device: torch.device) -> Params:
+    """Parameters for `count` images of `size`×`size` pixels, from the device's own generator."""
+
+    def symmetric(*shape: int) -> Tensor:
+        return torch.rand(count, *shape, device=device) * 2 - 1
+
+    def drawn(p: float) -> Tensor:
+        return torch.rand(count, device=device) < p
+
+    corner = torch.randint(size - policy.cutout + 1, (count, 2), device=device)
+    hole = torch.cat([corner, corner + policy.cutout], dim=1)
+    limits = torch.stack([torch.full((count,), v, device=device) for v in policy.rgb_shift], dim=1)
+    colour = drawn(policy.brightness_contrast_p)
+    return Params(
+        flip=drawn(policy.flip_p),
+        affine=drawn(policy.affine_p),
+        angle=symmetric() * policy.rotate,
+        scale=1 + symmetric(2) * policy.scale,
+        shift=(symmetric(2) * policy.shift * size).trunc(),
+        hole=hole * drawn(policy.cutout_p).unsqueeze(1),
+        rgb_shift=(symmetric(3) * limits).trunc() * drawn(policy.rgb_shift_p).unsqueeze(1),
+        alpha=1 + symmetric() * policy.contrast * colour,
+        beta=symmetric() * policy.brightness * 255 * colour,
+    )
+
+
+def jitter_colours(images: Tensor, params: Params) -> Tensor:
+    """RGB shift, then brightness and contrast, of images uint8 or float (N, 3, H, W) in 0–255
+    units: float32 of whole levels in [0, 255], as albumentations computes them on uint8."""
+    shifted = (images + params.rgb_shift.view(-1, 3, 1, 1)).clamp(0, 255)
+    return (
+        (shifted * params.alpha.view(-1, 1, 1, 1) + params.beta.view(-1, 1, 1, 1))
+        .clamp(0, 255)
+        .floor()
+    )
+
+
+def apply(
+    images: Tensor,
+    params: Params,
+    fill: float | Tensor,
+    border: str = "reflect101",
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Flip, shift-scale-rotate and cutout of images (N, C, W, W), in any unit, as `dtype`.
+
+    `fill` is a number or (C, 1, 1) in the images' unit: the hole's colour, and what lies outside
+    the image where `border` is "constant". Computed in float32 and rounded once, so that an image
+    that draws nothing, or only a flip or a hole, keeps its values exactly.
+    """
+    if border not in BORDERS:
+        raise ValueError(f"border {border!r} is not one of {BORDERS}")
+    with torch.autocast(images.device.type, enabled=False):
+        images = images.float()
+        images = torch.where(_per_image(params.flip), images.flip(3), images)
+        warped = _warp(images, inverse_matrix(params, images.shape[-1]), fill, border)
+        images = torch.where(_per_image(params.affine), warped, images)
+        return torch.where(_hole_mask(params.hole, images.shape[-1]), fill, images).to(dtype)
+
+
+def inverse_matrix(params: Params, size: int) -> Tensor:
+    """`theta` float32 (N, 2, 3): output to input position, both in [−1, 1] from the first pixel's
+    centre to the last's.
+
+    The inverse of scale, then rotation, then shift about the centre k = (size − 1)/2, as
+    `albumentations.Affine` 2.0.8 composes them; positive angles turn counter-clockwise.
+    """
+    angle = params.angle.deg2rad()
+    sine, cosine = angle.sin(), angle.cos()
+    inverse = torch.stack([cosine, -sine, sine, cosine], dim=1).view(-1, 2, 2)
+    inverse = inverse / params.scale.unsqueeze(2)
+    offset = -(inverse * params.shift.unsqueeze(1)).sum(2, keepdim=True) / ((size - 1) / 2)
+    return torch.cat([inverse, offset], dim=2)
+
+
+def sampling_grid(theta: Tensor, size: int) -> Tensor:
+    """`affine_grid(theta, (N, C, size, size), align_corners=True)` (N, size, size, 2), multiplied
+    out: no matrix product, so neither autocast nor TF32 can round the positions, and faster."""
+    line = torch.linspace(-1, 1, size, device=theta.device)
+    x, y = line.view(1, 1, -1, 1), line.view(1, -1, 1, 1)
+    column_x, column_y, offset = (c.view(-1, 1, 1, 2) for c in theta.unbind(2))
+    return column_x * x + (column_y * y + offset)
+
+
+def _warp(images: Tensor, theta: Tensor, fill: float | Tensor, border: str) -> Tensor:
+    grid = sampling_grid(theta, images.shape[-1])
+    if border == "reflect101":
+        return F.grid_sample(images, grid, padding_mode="reflection", align_corners=True)
+    return F.grid_sample(images - fill, grid, padding_mode="zeros", align_corners=True) + fill
+
+
+def _hole_mask(hole: Tensor, size: int) -> Tensor:
+    """Bool (N, 1, size, size): the pixels inside each image's hole."""
+    line = torch.arange(size, device=hole.device)
+    low, high = hole[:, :2].unsqueeze(2), hole[:, 2:].unsqueeze(2)
+    inside_x, inside_y = ((line >= low) & (line < high)).unbind(1)
+    return (inside_y.unsqueeze(2) & inside_x.unsqueeze(1)).unsqueeze(1)
+
+
+def _per_image(values: Tensor) -> Tensor:
+    return values.view(-1, 1, 1, 1)

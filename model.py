@@ -1,0 +1,70 @@
+"""The default net, `atrous`, and `build(name, num_classes)` for every net there is."""
+
+from torch import Tensor, nn
+
+from common import UserError
+
+
+def build(name: str, num_classes: int, dropout: float = 0.0) -> nn.Module:
+    """The net `name`, giving logits (N, num_classes) for images (N, 3, 32, 32).
+
+    Raises UserError for an unknown name.
+    """
+    if name not in NETS:
+        raise UserError(f"--net {name}: unknown; there is {', '.join(NETS)}")
+    return NETS[name](num_classes, dropout)
+
+
+def conv(inputs: int, outputs: int, kernel: int = 3, **options: int) -> nn.Sequential:
+    """Convolution without bias, padded to keep the map's size but for the stride, and BatchNorm."""
+    padding = options.get("dilation", 1) * (kernel // 2)
+    return nn.Sequential(
+        nn.Conv2d(inputs, outputs, kernel, padding=padding, bias=False, **options),
+        nn.BatchNorm2d(outputs),
+    )
+
+
+def separable(inputs: int, outputs: int, kernel: int = 3, **options: int) -> nn.Sequential:
+    """A depthwise convolution, then a 1×1 that mixes the channels, and BatchNorm."""
+    padding = options.get("dilation", 1) * (kernel // 2)
+    return nn.Sequential(
+        nn.Conv2d(inputs, inputs, kernel, padding=padding, groups=inputs, bias=False, **options),
+        *conv(inputs, outputs, 1),
+    )
+
+
+class Residual(nn.Module):
+    """ReLU(x + branch(x)); the branch starts at zero, so that the block starts as the identity."""
+
+    def __init__(self, branch: nn.Sequential) -> None:
+        super().__init__()
+        self.branch = branch
+        self.relu = nn.ReLU()
+        nn.init.zeros_(branch[-1][-1].weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.relu(x + self.branch(x))
+
+
+def atrous(num_classes: int, dropout: float = 0.0) -> nn.Sequential:
+    """Dense 3×3 residual blocks at 16×16, where a multiply-add is cheapest, and a separable 5×5 one
+    at 8×8; both halvings of the map are dilated convolutions of stride 2 (blocks: He et al. 2016).
+    """
+    return nn.Sequential(
+        conv(3, 32),  # 32×32
+        nn.ReLU(),
+        conv(32, 64, stride=2, dilation=2),  # 16×16
+        nn.ReLU(),
+        Residual(nn.Sequential(conv(64, 64), nn.ReLU(), conv(64, 64))),
+        Residual(nn.Sequential(conv(64, 64), nn.ReLU(), conv(64, 64))),
+        separable(64, 96, stride=2, dilation=2),  # 8×8
+        nn.ReLU(),
+        Residual(nn.Sequential(separable(96, 96, 5), nn.ReLU(), separable(96, 96, 5))),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(dropout),
+        nn.Linear(96, num_classes),
+    )
+
+
+NETS = {"atrous": atrous}

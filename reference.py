@@ -1,0 +1,102 @@
+"""The augmentation of augment.py in albumentations, and a DataLoader around it: the reference."""
+
+import os
+import random
+import warnings
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from augment import Policy
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else importing it asks the network
+import albumentations as A
+import cv2
+
+BORDER_MODES = {"reflect101": cv2.BORDER_REFLECT_101, "constant": cv2.BORDER_CONSTANT}
+
+
+def compose(policy: Policy, fill: tuple[float, ...]) -> A.Compose:
+    """`policy` as transforms of one image (H, W, 3) in 0–255 units; `fill` a level per channel.
+
+    albumentations truncates `fill` to whole levels on uint8 images.
+    """
+    transforms = []
+    if policy.rgb_shift_p:
+        limits = (limit / 255 for limit in policy.rgb_shift)  # it reads ±1 and less as fractions
+        transforms.append(A.RGBShift(*limits, p=policy.rgb_shift_p))
+    if policy.brightness_contrast_p:
+        transforms.append(
+            A.RandomBrightnessContrast(
+                policy.brightness, policy.contrast, p=policy.brightness_contrast_p
+            )
+        )
+    shift = (-policy.shift, policy.shift)
+    transforms += [
+        A.HorizontalFlip(p=policy.flip_p),
+        A.Affine(
+            scale=dict.fromkeys("xy", (1 - policy.scale, 1 + policy.scale)),
+            translate_percent=dict.fromkeys("xy", shift),
+            rotate=(-policy.rotate, policy.rotate),
+            border_mode=BORDER_MODES[policy.border],
+            fill=fill,
+            p=policy.affine_p,
+        ),
+    ]
+    if policy.cutout:
+        side = (policy.cutout, policy.cutout)
+        transforms.append(A.CoarseDropout((1, 1), side, side, fill=fill, p=policy.cutout_p))
+    return A.Compose(transforms)
+
+
+class AugmentedImages(Dataset):
+    """Images uint8 (N, 3, H, W), each augmented on its own as it is asked for, with its label."""
+
+    def __init__(self, images: Tensor, labels: Tensor, compose: A.Compose) -> None:
+        self.images = np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
+        self.labels = labels
+        self.compose = compose
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        image = self.compose(image=self.images[index])["image"]
+        return torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))), self.labels[index]
+
+
+def loader(
+    images: Tensor,
+    labels: Tensor,
+    policy: Policy,
+    mean: Tensor,
+    batch_size: int,
+    workers: int,
+    pin_memory: bool = False,
+) -> DataLoader:
+    """Shuffled batches: images uint8 (batch_size, 3, H, W), labels (batch_size,), on the host."""
+    fill = tuple(mean.round().tolist())
+    return DataLoader(
+        AugmentedImages(images.cpu(), labels.cpu(), compose(policy, fill)),
+        batch_size,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workers,
+        pin_memory=pin_memory,
+        worker_init_fn=reseed,
+    )
+
+
+def reseed(_worker: int) -> None:
+    """Give this worker, in this epoch, random numbers of its own.
+
+    Left alone, workers draw identical parameters and every epoch repeats them; and
+    `set_random_seed` would give each transform the same stream, so that flip and shift correlate.
+    """
+    dataset = torch.utils.data.get_worker_info().dataset
+    seed = torch.initial_seed() % 2**63
+    dataset.compose.set_random_state(np.random.default_rng(seed), random.Random(seed))
+    cv2.setNumThreads(0)
+    warnings.simplefilter("ignore")

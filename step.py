@@ -1,0 +1,59 @@
+"""What is done to one batch: the training step, and the way of images through the net."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from augment import Policy, apply, jitter_colours, sample
+from data import Dataset, normalize
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+EVALUATION_BATCH = 2000
+
+
+def augmented(images: Tensor, policy: Policy, mean: Tensor, std: Tensor) -> Tensor:
+    """Newly augmented images float32 (N, 3, H, W), normalised, of images uint8 (N, 3, H, W)."""
+    params = sample(policy, len(images), images.shape[-1], images.device)
+    if policy.rgb_shift_p or policy.brightness_contrast_p:
+        images = jitter_colours(images, params)
+    return apply(normalize(images, mean, std), params, 0.0, policy.border)
+
+
+def forward(net: nn.Module, inputs: Tensor, precision: str) -> Tensor:
+    """Logits float32 (N, classes) of normalised images float32 (N, 3, H, W)."""
+    inputs = inputs.to(dtype=DTYPES[precision], memory_format=torch.channels_last)
+    with torch.autocast(inputs.device.type, DTYPES[precision], enabled=precision != "fp32"):
+        return net(inputs).float()
+
+
+def train_step(
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    inputs: Tensor,
+    labels: Tensor,
+    precision: str,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor]:
+    """One optimiser step; the batch's mean loss and count of right answers, left on the device."""
+    logits = forward(net, inputs, precision)
+    loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+    optimizer.zero_grad(set_to_none=True)
+    scaler.scale(loss).backward()
+    scaler.step(optimizer)
+    scaler.update()
+    return loss.detach(), (logits.argmax(1) == labels).sum()
+
+
+@torch.no_grad()
+def predict_logits(net: nn.Module, data: Dataset, precision: str, flip: bool = False) -> Tensor:
+    """Logits float32 (N, classes) of the test images; `flip` averages in their mirror images'."""
+    net.eval()
+    logits = []
+    for images in data.test_images.split(EVALUATION_BATCH):
+        inputs = normalize(images, data.mean, data.std)
+        outputs = forward(net, inputs, precision)
+        if flip:
+            outputs = (outputs + forward(net, inputs.flip(3), precision)) / 2
+        logits.append(outputs)
+    return torch.cat(logits)
