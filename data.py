@@ -94,7 +94,7 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 def _read(source: str, data_dir: Path) -> tuple[str, list[str], Splits]:
     if source == "synthetic":
-        return synthetic()
+        return _synthetic()
     if source == "cifar10":
         try:
             return _cifar10(data_dir)
@@ -108,7 +108,7 @@ def _read(source: str, data_dir: Path) -> tuple[str, list[str], Splits]:
             return _cifar10(data_dir)
         except NETWORK_ERRORS as error:
             print(f"warning: CIFAR-10 could not be downloaded: {error}", file=sys.stderr)
-            return synthetic()
+            return _synthetic()
     path = Path(source)
     if not path.exists():
         raise UserError(
@@ -137,6 +137,13 @@ def _channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     mean = share @ levels
     variance = (share * (levels - mean.view(-1, 1)) ** 2).sum(1)
     return mean.float(), variance.sqrt().float()
+
+
+def _synthetic() -> tuple[str, list[str], Splits]:
+    from synthetic import SHAPES, shapes
+
+    splits = {"train": shapes(5000, seed=0), "test": shapes(1000, seed=1)}
+    return "synthetic", list(SHAPES), splits
 
 
 # CIFAR-10, through torchvision
@@ -339,57 +346,3 @@ def _archive_members(path: Path) -> Iterator[tuple[str, bytes]]:
             f"--data {path} is no whole .tar, .tar.gz or .tar.xz archive "
             f"(last read: {last}): {error}"
         ) from error
-
-
-# Synthetic images
-
-SHAPES = (
-    "disk",
-    "ring",
-    "square",
-    "frame",
-    "triangle",
-    "cross",
-    "rows",
-    "columns",
-    "checks",
-    "dots",
-)
-
-
-def synthetic(train_count: int = 5000, test_count: int = 1000) -> tuple[str, list[str], Splits]:
-    """Ten classes of noisy shapes in two random colours, of random size and place, always alike."""
-    generator = torch.Generator().manual_seed(0)
-    counts = {"train": train_count, "test": test_count}
-    splits = {split: _shapes(count, generator) for split, count in counts.items()}
-    return "synthetic", list(SHAPES), splits
-
-
-def _shapes(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    def uniform(low: float, high: float, *shape: int) -> Tensor:
-        return low + (high - low) * torch.rand(count, *shape, generator=generator)
-
-    labels = torch.arange(count) % len(SHAPES)
-    pixel = torch.arange(SIZE, dtype=torch.float32)
-    x = pixel.view(1, 1, -1) - uniform(12, 19, 1, 1)
-    y = pixel.view(1, -1, 1) - uniform(12, 19, 1, 1)
-    r = uniform(7, 11, 1, 1)
-    circle, box = (x**2 + y**2).sqrt() / r, torch.maximum(x.abs(), y.abs()) / r
-    row, column = (y / r * 5).sin(), (x / r * 5).sin()
-    masks = (
-        circle < 1,
-        (circle < 1) & (circle > 0.6),
-        box < 0.85,
-        (box < 0.9) & (box > 0.55),
-        (y < 0.8 * r) & (y > 2 * x.abs() - 0.9 * r),
-        (torch.minimum(x.abs(), y.abs()) < 0.25 * r) & (box < 1),
-        (row > 0) & (box < 1.2),
-        (column > 0) & (box < 1.2),
-        (row * column > 0) & (box < 1.2),
-        (row > 0.3) & (column > 0.3) & (box < 1.2),
-    )
-    mask = torch.stack([m.expand(count, SIZE, SIZE) for m in masks])[labels, torch.arange(count)]
-    back, front = uniform(0, 255, 3, 1, 1), uniform(0, 255, 3, 1, 1)
-    noise = 25 * torch.randn(count, 3, SIZE, SIZE, generator=generator)
-    images = torch.where(mask.unsqueeze(1), front, back) + noise
-    return images.clamp(0, 255).to(torch.uint8), labels

@@ -6,22 +6,17 @@ Nothing but the net's own arithmetic should cost time: the data set lies on the 
 indexed and augmented there, and the host reads figures once an epoch.
 """
 
-import argparse
-import importlib.metadata
-import json
 import math
 import shlex
 import statistics
-import subprocess
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,182 +26,17 @@ from tqdm import tqdm
 import checkpoint
 import data
 import model
+import report
 import rf
 import step
-from augment import BORDERS, Policy
-from common import UserError, written_whole
+from common import UserError
+from flags import parse_flags, policy_of
+from machine import choose_device, choose_precision, device_name, versions
 
 HEADER = (
     f"{'epoch':>5} {'lr':>9} {'train loss':>10} {'train acc':>9} "
     f"{'test loss':>9} {'test acc':>8} {'seconds':>8} {'images/s':>9}"
 )
-
-
-# Flags
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
-
-
-def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Any:
-    """An argparse type: an int or float from `low` (excluded if `above`) to `high`, finite."""
-
-    def parse(text: str) -> float:
-        value = kind(text)
-        if not low <= value <= high or (above and value == low) or math.isinf(value):
-            bounds = f"above {low}" if above else f"at least {low}"
-            limit = "" if high == math.inf else f", at most {high}"
-            raise argparse.ArgumentTypeError(f"{text} is not {bounds}{limit}")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
-def make_parser() -> Parser:
-    parser = Parser(
-        prog="train.py",
-        allow_abbrev=False,
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Train a CIFAR-10 net of fewer than 200,000 parameters.",
-    )
-    count, share = number(int, 1), number(float, 0, 1)
-    flag = parser.add_argument_group("data").add_argument
-    flag("--data", default="auto", help="auto, cifar10, synthetic, or a folder or archive")
-    flag("--data-dir", default="data", help="where CIFAR-10 lies or is downloaded to")
-    flag("--train-images", type=count, help="train on a class-balanced subset of so many")
-    flag("--holdout", type=number(int, 0), default=0, help="test on so many training images")
-
-    flag = parser.add_argument_group("net").add_argument
-    flag("--net", default="atrous", help="a net of model.py")
-    flag("--dropout", type=number(float, 0, 0.99), default=0.0)
-
-    flag = parser.add_argument_group("training").add_argument
-    flag("--epochs", type=count, default=40)
-    flag("--batch-size", type=count, default=256)
-    flag("--lr", type=number(float, 0, above=True), default=0.4, help="the largest rate")
-    flag("--schedule", choices=("onecycle", "cyclic", "step"), default="onecycle")
-    flag("--momentum", type=number(float, 0, 0.999), default=0.9, help="Nesterov's")
-    flag("--weight-decay", type=number(float, 0), default=5e-4, help="on weights of ≥ 2 dimensions")
-    flag("--label-smoothing", type=share, default=0.0)
-    flag("--target", type=share, help="report when test accuracy reached this fraction")
-
-    flag = parser.add_argument_group("augmentation").add_argument
-    policy = Policy()
-    flag("--augment", choices=("device", "albumentations", "none"), default="device")
-    flag("--workers", type=number(int, 0), default=2, help="of --augment albumentations")
-    flag("--flip-p", type=share, default=policy.flip_p)
-    flag("--shift", type=share, default=policy.shift, help="limit, fraction of the width")
-    flag("--scale", type=number(float, 0, 0.9), default=policy.scale, help="limit, x and y apart")
-    flag("--rotate", type=number(float, 0, 180), default=policy.rotate, help="limit, degrees")
-    flag("--affine-p", type=share, default=policy.affine_p)
-    flag("--border", choices=BORDERS, default=policy.border)
-    flag("--cutout", type=number(int, 0, data.SIZE), default=policy.cutout, help="side, pixels")
-    flag("--cutout-p", type=share, default=policy.cutout_p)
-    level = number(float, 0, 255)
-    flag("--rgb-shift", type=level, nargs=3, default=list(policy.rgb_shift), help="limits, levels")
-    flag("--rgb-shift-p", type=share, default=policy.rgb_shift_p)
-    flag("--brightness", type=share, default=policy.brightness, help="limit, fraction of 255")
-    flag("--contrast", type=share, default=policy.contrast, help="limit of the factor's change")
-    flag("--brightness-contrast-p", type=share, default=policy.brightness_contrast_p)
-
-    flag = parser.add_argument_group("run").add_argument
-    flag("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
-    flag("--precision", choices=("auto", *step.DTYPES), default="auto")
-    flag("--seed", type=number(int, 0, 2**31), default=0)
-    flag("--repeat", type=count, default=1, help="so many seeds, in DIR/s0, DIR/s1, …")
-    flag("--out", metavar="DIR", help="the run folder (default: runs/<net>-<data>-s<seed>)")
-    flag("--resume", metavar="DIR", help="go on with the run in DIR, with its own flags")
-    return parser
-
-
-MAY_CHANGE = {"resume", "out", "data", "data_dir", "device", "workers", "target"}
-
-
-def parse_flags(argv: list[str]) -> Namespace:
-    """The flags; with --resume, the run's own, of which only MAY_CHANGE may be given anew."""
-    parser = make_parser()
-    args = parser.parse_args(argv)
-    if args.resume is None:
-        return args
-    path = Path(args.resume) / "config.json"
-    try:
-        flags = json.loads(path.read_text())["flags"]
-    except FileNotFoundError as error:
-        raise UserError(f"--resume {args.resume}: no run there, {path} is missing") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--resume {args.resume}: {path} is damaged: {error}") from error
-    parser.set_defaults(**flags)
-    args = parser.parse_args(argv)
-    for name, value in vars(args).items():
-        if name not in MAY_CHANGE and value != flags.get(name):
-            option = "--" + name.replace("_", "-")
-            raise UserError(f"{option} {value}: the run in {args.resume} has {flags.get(name)}")
-    return args
-
-
-def policy_of(args: Namespace) -> Policy:
-    values = {f.name: getattr(args, f.name) for f in fields(Policy)}
-    return Policy(**values | {"rgb_shift": tuple(args.rgb_shift)})
-
-
-# Device and precision
-
-
-def choose_device(name: str) -> torch.device:
-    available = {
-        "cuda": torch.cuda.is_available(),
-        "mps": torch.backends.mps.is_available(),
-        "cpu": True,
-    }
-    if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
-    if not available[name]:
-        raise UserError(f"--device {name}: not available here; --device cpu always is")
-    return torch.device(name)
-
-
-def choose_precision(name: str, device: torch.device, layers: list[rf.Layer]) -> str:
-    """bf16 on a GPU that has it, else fp16. On a CPU, where bf16 speeds up dense convolutions and
-    slows down depthwise ones: bf16 if at least half of the multiply-adds are dense, else fp32. On
-    MPS fp32."""
-    if name != "auto":
-        return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if device.type == "mps":
-        return "fp32"
-    dense = sum(layer.multiply_adds for layer in layers if layer.groups == 1)
-    return "bf16" if 2 * dense >= sum(layer.multiply_adds for layer in layers) else "fp32"
-
-
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type == "cpu":
-        capability = torch.backends.cpu.get_cpu_capability()
-        return f"CPU, {torch.get_num_threads()} threads, {capability}"
-    return device.type
-
-
-def versions() -> dict[str, str | None]:
-    here = Path(__file__).parent
-    git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        commit = None
-    packages = ("torch", "torchvision", "numpy", "Pillow", "albumentations")
-    return {
-        "python": sys.version.split()[0],
-        **{name: importlib.metadata.version(name) for name in packages},
-        "commit": commit,
-    }
-
-
-# Training
 
 
 @dataclass
@@ -346,7 +176,7 @@ def run_epoch(
     line = train_epoch(training, dataset, args, device, bar)
     logits = step.predict_logits(training.net, dataset, args.precision)
     line["test_loss"] = F.cross_entropy(logits, dataset.test_labels).item()
-    line["test_accuracy"] = accuracy(logits, dataset.test_labels)
+    line["test_accuracy"] = report.accuracy(logits, dataset.test_labels)
     line["epoch"] = epoch
     training.elapsed += time.perf_counter() - start
     training.history.append({key: line[key] for key in METRICS})
@@ -356,10 +186,6 @@ def run_epoch(
 
 METRICS = ("epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
 METRICS += ("seconds", "images_per_second")
-
-
-def accuracy(logits: Tensor, labels: Tensor) -> float:
-    return (logits.argmax(1) == labels).float().mean().item()
 
 
 def format_line(line: dict[str, float]) -> str:
@@ -374,7 +200,7 @@ def format_line(line: dict[str, float]) -> str:
 
 
 def run(args: Namespace, argv: list[str], dataset: data.Dataset) -> dict[str, Any]:
-    """Train one net from start or checkpoint to its results; the content of `summary.json`."""
+    """Train one net from its start or checkpoint to its results: the content of `summary.json`."""
     start = time.perf_counter()
     if args.batch_size > len(dataset.train_images):
         raise UserError(
@@ -386,12 +212,13 @@ def run(args: Namespace, argv: list[str], dataset: data.Dataset) -> dict[str, An
     net = model.build(args.net, len(dataset.classes), args.dropout)
     trace = rf.trace(net)
     args.precision = choose_precision(args.precision, device, trace.layers)
-    parameters = sum(p.numel() for p in net.parameters())
+    steps = len(dataset.train_images) // args.batch_size
+    training = make_training(net, args, device, steps)
     facts = {
         "data": dataset.name,
         "tested_on": f"{args.holdout:,} held-out training images" if args.holdout else "test split",
         "net": args.net,
-        "parameters": parameters,
+        "parameters": sum(p.numel() for p in net.parameters()),
         "receptive_field": max(trace.receptive_field),
         "multiply_adds": trace.multiply_adds,
         "precision": args.precision,
@@ -399,23 +226,21 @@ def run(args: Namespace, argv: list[str], dataset: data.Dataset) -> dict[str, An
         "command": shlex.join(["python", "train.py", *argv]),
         "versions": versions(),
     }
-    steps = len(dataset.train_images) // args.batch_size
-    training = make_training(net, args, device, steps)
     folder = Path(args.resume or run_folder(args, dataset.name))
     if args.resume:
         resume(training, folder, dataset.name)
     else:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "config.json", {"flags": vars(args), **facts})
+            report.write_json(folder / "config.json", {"flags": vars(args), **facts})
         except OSError as error:
             raise UserError(f"--out {folder} cannot be written: {error}") from error
     print(
         f"device     {facts['device']}, {args.precision}\n"
         f"data       {dataset.name}: {len(dataset.train_images):,} training images, "
         f"{len(dataset.test_images):,} to test on ({facts['tested_on']})\n"
-        f"net        {args.net}: {parameters:,} parameters, receptive field "
-        f"{facts['receptive_field']}, {trace.multiply_adds / 1e6:.1f} M multiply-adds\n"
+        f"net        {args.net}: {facts['parameters']:,} parameters, receptive field "
+        f"{facts['receptive_field']}, {facts['multiply_adds'] / 1e6:.1f} M multiply-adds\n"
         f"run        {folder}\n\n{HEADER}",
         flush=True,
     )
@@ -425,10 +250,24 @@ def run(args: Namespace, argv: list[str], dataset: data.Dataset) -> dict[str, An
         while len(training.history) < args.epochs:
             run_epoch(training, dataset, args, device, bar)
             checkpoint.save(folder / "last.pt", {"data": dataset.name, **training.state()})
-            write_history(folder, training.history)
+            report.write_history(folder, training.history)
             tqdm.write(format_line(training.history[-1]))
             sys.stdout.flush()
-    return write_results(folder, training, dataset, args, facts, start)
+    torch.manual_seed(args.seed)
+    examples = next(training_batches(dataset, args, device))
+    summary = {
+        **report.write_outcome(folder, net, dataset, args, training.history, examples),
+        "target": args.target,
+        "target_reached": training.reached,
+        "training_seconds": training.elapsed,
+        "total_seconds": time.perf_counter() - start,
+        "seed": args.seed,
+        "epochs": args.epochs,
+        **facts,
+    }
+    report.write_json(folder / "summary.json", summary)
+    report.show(summary)
+    return summary
 
 
 def run_folder(args: Namespace, data_name: str) -> Path:
@@ -456,96 +295,7 @@ def resume(training: Training, folder: Path, data_name: str) -> None:
         training.load_state(state)
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         raise UserError(f"--resume {folder}: last.pt does not fit this run: {error}") from error
-    write_history(folder, training.history)
-
-
-def write_history(folder: Path, history: list[dict[str, Any]]) -> None:
-    with written_whole(folder / "metrics.jsonl") as file:
-        file.writelines((json.dumps(line) + "\n").encode() for line in history)
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    with written_whole(path) as file:
-        file.write((json.dumps(content, indent=2) + "\n").encode())
-
-
-def write_results(
-    folder: Path,
-    training: Training,
-    dataset: data.Dataset,
-    args: Namespace,
-    facts: dict[str, Any],
-    start: float,
-) -> dict[str, Any]:
-    """The net, the predictions, the pictures, and last of all the summary."""
-    net, history = training.net, training.history
-    logits = step.predict_logits(net, dataset, args.precision)
-    flipped = step.predict_logits(net, dataset, args.precision, flip=True)
-    with written_whole(folder / "predictions.npy") as file:
-        np.save(file, logits.cpu().numpy())
-    checkpoint.save(
-        folder / "model.pt",
-        {
-            "net": args.net,
-            "num_classes": len(dataset.classes),
-            "classes": dataset.classes,
-            "mean": dataset.mean.tolist(),
-            "std": dataset.std.tolist(),
-            "state_dict": {k: v.cpu() for k, v in net.state_dict().items()},
-        },
-    )
-    draw(folder, logits, dataset, args, history)
-    best = max(history, key=lambda line: line["test_accuracy"])
-    summary = {
-        "final_accuracy": accuracy(logits, dataset.test_labels),
-        "best_accuracy": best["test_accuracy"],
-        "best_epoch": best["epoch"],
-        "flip_accuracy": accuracy(flipped, dataset.test_labels),
-        "target": args.target,
-        "target_reached": training.reached,
-        "training_seconds": training.elapsed,
-        "total_seconds": time.perf_counter() - start,
-        "seed": args.seed,
-        "epochs": args.epochs,
-        **facts,
-    }
-    write_json(folder / "summary.json", summary)
-    print(
-        f"\nfinal test accuracy   {summary['final_accuracy']:.2%} on {dataset.name}"
-        f"\nwith flip averaging   {summary['flip_accuracy']:.2%}"
-        f"\nbest, of epoch {best['epoch']:<6} {summary['best_accuracy']:.2%}"
-        f"\ntotal                 {summary['total_seconds']:.1f} s"
-    )
-    if args.target:
-        reached = training.reached
-        when = f"epoch {reached['epoch']}, {reached['seconds']:.1f} s" if reached else "not reached"
-        print(f"target {args.target:<14.2%} {when}")
-    return summary
-
-
-def draw(
-    folder: Path,
-    logits: Tensor,
-    dataset: data.Dataset,
-    args: Namespace,
-    history: list[dict[str, Any]],
-) -> None:
-    import plots
-
-    title = f"{args.net} on {dataset.name}, seed {args.seed}"
-    plots.curves(folder / "curves.png", history, title)
-    labels, scores = dataset.test_labels.cpu().numpy(), logits.cpu().numpy()
-    plots.confusion(folder / "confusion.png", labels, scores, dataset.classes)
-    test = dataset.test_images.permute(0, 2, 3, 1).cpu().numpy()
-    plots.mistakes(folder / "mistakes.png", test, labels, scores, dataset.classes)
-    device = dataset.train_images.device
-    torch.manual_seed(args.seed)
-    inputs, shown = next(training_batches(dataset, args, device))
-    images = inputs[:32] * dataset.std.view(-1, 1, 1) + dataset.mean.view(-1, 1, 1)
-    images = images.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    captions = [dataset.classes[label] for label in shown[:32].tolist()]
-    title = f"training images of {dataset.name} as the net sees them"
-    plots.image_grid(folder / "augmented.png", images, captions, title)
+    report.write_history(folder, training.history)
 
 
 def run_all(args: Namespace, argv: list[str]) -> None:
@@ -569,27 +319,9 @@ def run_all(args: Namespace, argv: list[str]) -> None:
         for each in runs:
             refuse_existing(Path(each.out))
         summaries = [run(each, argv, dataset) for each in runs]
-        report_repeats(base, summaries)
+        report.write_repeats(base, summaries)
     if args.data == "auto" and dataset.name == "synthetic":
         print("warning: CIFAR-10 was out of reach; all of the above is on synthetic images")
-
-
-def report_repeats(folder: Path, summaries: list[dict[str, Any]]) -> None:
-    result = {"seeds": [summary["seed"] for summary in summaries]}
-    for key in ("final_accuracy", "best_accuracy", "flip_accuracy", "total_seconds"):
-        values = [summary[key] for summary in summaries]
-        result[key] = {
-            "mean": statistics.fmean(values),
-            "sd": statistics.stdev(values),
-            "values": values,
-        }
-    shared = ("data", "net", "parameters", "device", "precision", "epochs", "command", "versions")
-    write_json(folder / "summary.json", result | {key: summaries[0][key] for key in shared})
-    final = result["final_accuracy"]
-    print(
-        f"\n{len(summaries)} seeds: final test accuracy {final['mean']:.2%} "
-        f"± {final['sd']:.2%} (standard deviation)"
-    )
 
 
 def main(argv: list[str]) -> int:
@@ -598,6 +330,9 @@ def main(argv: list[str]) -> int:
         run_all(parse_flags(argv), argv)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:  # a full disk, say
+        print(f"error: {error}; --resume DIR goes on from the last finished epoch", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted: --resume DIR goes on from the last finished epoch", file=sys.stderr)

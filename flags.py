@@ -1,0 +1,122 @@
+"""Every knob of a run, with its default and its bounds."""
+
+import argparse
+import json
+import math
+from argparse import Namespace
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+import data
+import model
+import step
+from augment import BORDERS, Policy
+from common import UserError
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Any:
+    """An argparse type: an int or float from `low` (excluded if `above`) to `high`, finite."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not low <= value <= high or (above and value == low) or math.isinf(value):
+            bounds = f"above {low}" if above else f"at least {low}"
+            limit = "" if high == math.inf else f", at most {high}"
+            raise argparse.ArgumentTypeError(f"{text} is not {bounds}{limit}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def make_parser() -> Parser:
+    parser = Parser(
+        prog="train.py",
+        allow_abbrev=False,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        description="Train a CIFAR-10 net of fewer than 200,000 parameters.",
+    )
+    count, share = number(int, 1), number(float, 0, 1)
+    flag = parser.add_argument_group("data").add_argument
+    flag("--data", default="auto", help="auto, cifar10, synthetic, or a folder or archive")
+    flag("--data-dir", default="data", help="where CIFAR-10 lies or is downloaded to")
+    flag("--train-images", type=count, help="train on a class-balanced subset of so many")
+    flag("--holdout", type=number(int, 0), default=0, help="test on so many training images")
+
+    flag = parser.add_argument_group("net").add_argument
+    flag("--net", default="atrous", choices=model.NETS, help="a net of model.py")
+    flag("--dropout", type=number(float, 0, 0.99), default=0.0)
+
+    flag = parser.add_argument_group("training").add_argument
+    flag("--epochs", type=count, default=40)
+    flag("--batch-size", type=count, default=256)
+    flag("--lr", type=number(float, 0, above=True), default=0.4, help="the largest rate")
+    flag("--schedule", choices=("onecycle", "cyclic", "step"), default="onecycle")
+    flag("--momentum", type=number(float, 0, 0.999), default=0.9, help="Nesterov's")
+    flag("--weight-decay", type=number(float, 0), default=5e-4, help="on weights of ≥ 2 dimensions")
+    flag("--label-smoothing", type=share, default=0.0)
+    flag("--target", type=share, help="report when test accuracy reached this fraction")
+
+    flag = parser.add_argument_group("augmentation").add_argument
+    policy = Policy()
+    flag("--augment", choices=("device", "albumentations", "none"), default="device")
+    flag("--workers", type=number(int, 0), default=2, help="of --augment albumentations")
+    flag("--flip-p", type=share, default=policy.flip_p)
+    flag("--shift", type=share, default=policy.shift, help="limit, fraction of the width")
+    flag("--scale", type=number(float, 0, 0.9), default=policy.scale, help="limit, x and y apart")
+    flag("--rotate", type=number(float, 0, 180), default=policy.rotate, help="limit, degrees")
+    flag("--affine-p", type=share, default=policy.affine_p)
+    flag("--border", choices=BORDERS, default=policy.border)
+    flag("--cutout", type=number(int, 0, data.SIZE), default=policy.cutout, help="side, pixels")
+    flag("--cutout-p", type=share, default=policy.cutout_p)
+    level = number(float, 0, 255)
+    flag("--rgb-shift", type=level, nargs=3, default=list(policy.rgb_shift), help="limits, levels")
+    flag("--rgb-shift-p", type=share, default=policy.rgb_shift_p)
+    flag("--brightness", type=share, default=policy.brightness, help="limit, fraction of 255")
+    flag("--contrast", type=share, default=policy.contrast, help="limit of the factor's change")
+    flag("--brightness-contrast-p", type=share, default=policy.brightness_contrast_p)
+
+    flag = parser.add_argument_group("run").add_argument
+    flag("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    flag("--precision", choices=("auto", *step.DTYPES), default="auto")
+    flag("--seed", type=number(int, 0, 2**31), default=0)
+    flag("--repeat", type=count, default=1, help="so many seeds, in DIR/s0, DIR/s1, …")
+    flag("--out", metavar="DIR", help="the run folder (default: runs/<net>-<data>-s<seed>)")
+    flag("--resume", metavar="DIR", help="go on with the run in DIR, with its own flags")
+    return parser
+
+
+MAY_CHANGE = {"resume", "out", "data", "data_dir", "device", "workers", "target"}
+
+
+def parse_flags(argv: list[str]) -> Namespace:
+    """The flags; with --resume, the run's own, of which only MAY_CHANGE may be given anew."""
+    parser = make_parser()
+    args = parser.parse_args(argv)
+    if args.resume is None:
+        return args
+    path = Path(args.resume) / "config.json"
+    try:
+        flags = json.loads(path.read_text())["flags"]
+    except FileNotFoundError as error:
+        raise UserError(f"--resume {args.resume}: no run there, {path} is missing") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--resume {args.resume}: {path} is damaged: {error}") from error
+    parser.set_defaults(**flags)
+    args = parser.parse_args(argv)
+    for name, value in vars(args).items():
+        if name not in MAY_CHANGE and value != flags.get(name):
+            option = "--" + name.replace("_", "-")
+            raise UserError(f"{option} {value}: the run in {args.resume} has {flags.get(name)}")
+    return args
+
+
+def policy_of(args: Namespace) -> Policy:
+    values = {f.name: getattr(args, f.name) for f in fields(Policy)}
+    return Policy(**values | {"rgb_shift": tuple(args.rgb_shift)})

@@ -1,0 +1,62 @@
+"""What a run runs on: device, precision, versions."""
+
+import importlib.metadata
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+import rf
+from common import UserError
+
+
+def choose_device(name: str) -> torch.device:
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name == "auto":
+        name = next(kind for kind, there in available.items() if there)
+    if not available[name]:
+        raise UserError(f"--device {name}: not available here; --device cpu always is")
+    return torch.device(name)
+
+
+def choose_precision(name: str, device: torch.device, layers: list[rf.Layer]) -> str:
+    """bf16 on a GPU that has it, else fp16. On a CPU, where bf16 speeds up dense convolutions and
+    slows down depthwise ones: bf16 if at least half of the multiply-adds are dense, else fp32. On
+    MPS fp32."""
+    if name != "auto":
+        return name
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    if device.type == "mps":
+        return "fp32"
+    dense = sum(layer.multiply_adds for layer in layers if layer.groups == 1)
+    return "bf16" if 2 * dense >= sum(layer.multiply_adds for layer in layers) else "fp32"
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    if device.type == "cpu":
+        capability = torch.backends.cpu.get_cpu_capability()
+        return f"CPU, {torch.get_num_threads()} threads, {capability}"
+    return device.type
+
+
+def versions() -> dict[str, str | None]:
+    here = Path(__file__).parent
+    git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude=*"]
+    try:
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = None
+    packages = ("torch", "torchvision", "numpy", "Pillow", "albumentations")
+    return {
+        "python": sys.version.split()[0],
+        **{name: importlib.metadata.version(name) for name in packages},
+        "commit": commit,
+    }

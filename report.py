@@ -1,0 +1,123 @@
+"""What a run leaves: metrics, net, predictions, pictures and summary, each written whole."""
+
+import json
+import statistics
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import checkpoint
+import data
+import step
+from common import written_whole
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    """The fraction of logits (N, classes) that are largest at the label (N,)."""
+    return (logits.argmax(1) == labels).sum().item() / len(labels)
+
+
+def write_history(folder: Path, history: list[dict[str, Any]]) -> None:
+    with written_whole(folder / "metrics.jsonl") as file:
+        file.writelines((json.dumps(line) + "\n").encode() for line in history)
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    with written_whole(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
+
+
+def write_outcome(
+    folder: Path,
+    net: nn.Module,
+    dataset: data.Dataset,
+    args: Namespace,
+    history: list[dict[str, Any]],
+    examples: tuple[Tensor, Tensor],
+) -> dict[str, Any]:
+    """The predictions, the net and the pictures of a trained `net`; its accuracies.
+
+    `examples` are training images as the net gets them, float32 (N, 3, 32, 32), and labels (N,).
+    """
+    logits = step.predict_logits(net, dataset, args.precision)
+    flipped = step.predict_logits(net, dataset, args.precision, flip=True)
+    with written_whole(folder / "predictions.npy") as file:
+        np.save(file, logits.cpu().numpy())
+    content = {
+        "net": args.net,
+        "num_classes": len(dataset.classes),
+        "classes": dataset.classes,
+        "mean": dataset.mean.tolist(),
+        "std": dataset.std.tolist(),
+        "state_dict": {key: value.cpu() for key, value in net.state_dict().items()},
+    }
+    checkpoint.save(folder / "model.pt", content)
+    draw(folder, f"{args.net} on {dataset.name}, seed {args.seed}", logits, dataset, history)
+    draw_examples(folder / "augmented.png", dataset, examples)
+    best = max(history, key=lambda line: line["test_accuracy"])
+    return {
+        "final_accuracy": accuracy(logits, dataset.test_labels),
+        "best_accuracy": best["test_accuracy"],
+        "best_epoch": best["epoch"],
+        "flip_accuracy": accuracy(flipped, dataset.test_labels),
+    }
+
+
+def draw(
+    folder: Path, title: str, logits: Tensor, dataset: data.Dataset, history: list[dict[str, Any]]
+) -> None:
+    import plots
+
+    labels, scores = dataset.test_labels.cpu().numpy(), logits.cpu().numpy()
+    images = dataset.test_images.permute(0, 2, 3, 1).cpu().numpy()
+    plots.curves(folder / "curves.png", history, title)
+    plots.confusion(folder / "confusion.png", labels, scores, dataset.classes)
+    plots.mistakes(folder / "mistakes.png", images, labels, scores, dataset.classes)
+
+
+def draw_examples(path: Path, dataset: data.Dataset, examples: tuple[Tensor, Tensor]) -> None:
+    import plots
+
+    inputs, labels = (tensor[:32] for tensor in examples)
+    images = inputs * dataset.std.view(-1, 1, 1) + dataset.mean.view(-1, 1, 1)
+    images = images.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    captions = [dataset.classes[label] for label in labels.tolist()]
+    plots.image_grid(
+        path, images, captions, f"training images of {dataset.name} as the net sees them"
+    )
+
+
+def show(summary: dict[str, Any]) -> None:
+    """Print a run's summary."""
+    print(
+        f"\nfinal test accuracy   {summary['final_accuracy']:.2%} on {summary['data']}"
+        f"\nwith flip averaging   {summary['flip_accuracy']:.2%}"
+        f"\nbest, of epoch {summary['best_epoch']:<6} {summary['best_accuracy']:.2%}"
+        f"\ntotal                 {summary['total_seconds']:.1f} s"
+    )
+    if summary["target"]:
+        reached = summary["target_reached"]
+        when = "not reached"
+        if reached:
+            when = f"reached in epoch {reached['epoch']}, {reached['seconds']:.1f} s of training"
+        print(f"target {summary['target']:<14.2%} {when}")
+
+
+def write_repeats(folder: Path, summaries: list[dict[str, Any]]) -> None:
+    """Mean and standard deviation over the seeds of --repeat, printed and as `summary.json`."""
+    result = {"seeds": [summary["seed"] for summary in summaries]}
+    for key in ("final_accuracy", "best_accuracy", "flip_accuracy", "total_seconds"):
+        values = [summary[key] for summary in summaries]
+        mean, sd = statistics.fmean(values), statistics.stdev(values)
+        result[key] = {"mean": mean, "sd": sd, "values": values}
+    shared = ("data", "net", "parameters", "device", "precision", "epochs", "command", "versions")
+    write_json(folder / "summary.json", result | {key: summaries[0][key] for key in shared})
+    final = result["final_accuracy"]
+    print(
+        f"\n{len(summaries)} seeds: final test accuracy {final['mean']:.2%} ± {final['sd']:.2%} "
+        f"(standard deviation) on {summaries[0]['data']}"
+    )

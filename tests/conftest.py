@@ -1,0 +1,36 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+from synthetic import shapes
+
+os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+
+
+def pytest_addoption(parser):
+    parser.addoption("--images", help="compare augmentations on images of this folder or archive")
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA device here"))
+
+
+@pytest.fixture(scope="session")
+def images(request):
+    """1,000 images uint8 (N, 3, 32, 32): generated ones, or those of --images."""
+    source = request.config.getoption("--images")
+    if source is None:
+        return shapes(1000, seed=7)[0]
+    return data.load(source, Path(), torch.device("cpu"), train_images=1000).train_images
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    """No test reads or fills the user's cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -1,0 +1,299 @@
+"""augment.py against albumentations 2.0.8, image by image and as distributions.
+
+Differences are in levels, 0–255. OpenCV 4 interpolates in 1/32 pixel, so that there the tolerances
+of interpolated values widen to its 4 levels. `--images ARCHIVE` compares on real images.
+"""
+
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import stats
+
+import reference  # sets albumentations offline before it is imported
+from augment import (
+    BORDERS,
+    Params,
+    Policy,
+    apply,
+    inverse_matrix,
+    jitter_colours,
+    sample,
+    sampling_grid,
+)
+from reference import A
+
+CPU = torch.device("cpu")
+EVERYTHING = Policy(affine_p=0.7, cutout_p=0.7)
+FILL = torch.tensor([125.25, 122.5, 113.75])  # exact in float32, not whole levels
+TRUE_BILINEAR = int(cv2.__version__.split(".")[0]) >= 5
+FLOAT_TOLERANCE = 0.01 if TRUE_BILINEAR else 4.5
+ALPHA = 1e-4  # of the statistical tests; the seeds are fixed
+DRAWS = 20_000
+
+
+@pytest.fixture(scope="module")
+def params():
+    torch.manual_seed(1)
+    return sample(EVERYTHING, 1000, 32, CPU)
+
+
+def by_albumentations(images, params, border, dtype, fill):
+    """Every image through transforms that albumentations itself builds from its parameters."""
+    results = []
+    for index, image in enumerate(images.permute(0, 2, 3, 1).numpy().astype(dtype)):
+        one = params[index]
+        transforms = [A.HorizontalFlip(p=float(one.flip))]
+        if one.affine:
+            (scale_x, scale_y), (x, y), angle = (
+                one.scale.tolist(),
+                one.shift.int(),
+                float(one.angle),
+            )
+            transforms.append(
+                A.Affine(
+                    scale={"x": (scale_x, scale_x), "y": (scale_y, scale_y)},
+                    translate_px={"x": (int(x), int(x)), "y": (int(y), int(y))},
+                    rotate=(angle, angle),
+                    border_mode=reference.BORDER_MODES[border],
+                    fill=fill.tolist(),
+                    p=1,
+                )
+            )
+        for transform in transforms:
+            image = transform(image=image)["image"]
+        if one.hole.any():
+            dropout = A.CoarseDropout(fill=fill.tolist())
+            image = dropout.apply(np.ascontiguousarray(image), one.hole.numpy()[None], seed=0)
+        results.append(np.ascontiguousarray(image))
+    return torch.from_numpy(np.stack(results)).permute(0, 3, 1, 2)
+
+
+def ours(images, params, border="reflect101", fill=FILL):
+    return apply(images, params, fill.view(-1, 1, 1), border)
+
+
+def exact(params):
+    """The images that need no interpolation."""
+    return ~params.affine
+
+
+@pytest.mark.parametrize("border", BORDERS)
+def test_float_images_equal_albumentations(images, params, border):
+    expected = by_albumentations(images, params, border, np.float32, FILL)
+    result = ours(images, params, border)
+    difference = (result - expected).abs()
+    print(f"{border}, float32: max {difference.max():.5f}, mean {difference.mean():.6f} levels")
+    assert difference.max() <= FLOAT_TOLERANCE
+    assert torch.equal(result[exact(params)], expected[exact(params)])
+
+
+@pytest.mark.parametrize("border", BORDERS)
+def test_uint8_images_equal_albumentations(images, params, border):
+    fill = FILL.trunc()  # albumentations truncates a fill on uint8 images
+    expected = by_albumentations(images, params, border, np.uint8, fill).int()
+    result = ours(images, params, border, fill).round().int()
+    difference = (result - expected).abs()
+    share = (difference > 0).float().mean()
+    print(f"{border}, uint8: max {difference.max()}, {share:.1e} of the values differ")
+    assert difference.max() <= (1 if TRUE_BILINEAR else 5)
+    assert share <= (1e-4 if TRUE_BILINEAR else 0.3)
+    assert torch.equal(result[exact(params)], expected[exact(params)])
+
+
+def turned_the_other_way(images, params):
+    return ours(images, replace(params, angle=-params.angle))
+
+
+def half_a_pixel_off(images, params):
+    return ours(images, replace(params, shift=params.shift + 0.5))
+
+
+def hole_one_pixel_off(images, params):
+    return ours(images, replace(params, hole=params.hole + params.hole.any(1, keepdim=True)))
+
+
+def flipped_last(images, params):
+    result = ours(images, replace(params, flip=torch.zeros_like(params.flip)))
+    return torch.where(params.flip.view(-1, 1, 1, 1), result.flip(3), result)
+
+
+def wrong_border(images, params):
+    return ours(images, params, "constant")
+
+
+def axes_of_scale_swapped(images, params):
+    return ours(images, replace(params, scale=params.scale.flip(1)))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        turned_the_other_way,
+        half_a_pixel_off,
+        hole_one_pixel_off,
+        flipped_last,
+        wrong_border,
+        axes_of_scale_swapped,
+    ],
+)
+def test_the_comparison_catches(images, params, wrong):
+    few = slice(0, 200)
+    expected = by_albumentations(images[few], params[few], "reflect101", np.float32, FILL)
+    difference = (wrong(images[few], params[few]) - expected).abs()
+    assert difference.max() > 50
+    assert difference.mean() > 0.5
+
+
+def test_colours_equal_albumentations(images):
+    torch.manual_seed(2)
+    policy = Policy(
+        rgb_shift=(10, 10, 15),
+        rgb_shift_p=0.6,
+        brightness=0.2,
+        contrast=0.2,
+        brightness_contrast_p=0.6,
+    )
+    params = sample(policy, len(images), 32, CPU)
+    result = jitter_colours(images, params)
+    for index, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
+        one = params[index]
+        # a quarter of a level more, which truncates back: a whole level / 255 · 255 may round down
+        shifts = ((one.rgb_shift + 0.25 * one.rgb_shift.sign()) / 255).tolist()
+        if any(shifts):
+            image = A.RGBShift(*((s, s) for s in shifts), p=1)(image=image)["image"]
+        alpha, beta = one.alpha.item(), one.beta.item()
+        if (alpha, beta) != (1, 0):
+            limits = (beta / 255, beta / 255), (alpha - 1, alpha - 1)
+            image = A.RandomBrightnessContrast(*limits, p=1)(image=image)["image"]
+        difference = (result[index] - torch.from_numpy(image).permute(2, 0, 1)).abs()
+        assert difference.max() <= 1  # floor of a float32 product: at most the rounding's one level
+        assert (difference > 0).float().mean() <= 0.01 or difference.max() == 0
+
+
+def test_what_draws_nothing_is_untouched(images):
+    torch.manual_seed(3)
+    params = sample(Policy(flip_p=0, affine_p=0, cutout_p=0), 1000, 32, CPU)
+    assert torch.equal(ours(images, params), images.float())
+    assert torch.equal(jitter_colours(images, params), images.float())
+
+
+def test_any_unit(images, params):
+    scaled = apply(images / 255, params, 0.5)
+    whole = apply(images, params, 127.5)
+    torch.testing.assert_close(scaled * 255, whole, atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_float32_rounded_once(images, params, dtype):
+    with torch.autocast("cpu", torch.bfloat16):
+        result = apply(images, params, 0.0, dtype=dtype)
+    assert torch.equal(result, apply(images, params, 0.0).to(dtype))
+
+
+@pytest.mark.parametrize("size", [32, 33])
+def test_grid_is_that_of_affine_grid(size):
+    torch.manual_seed(4)
+    theta = inverse_matrix(sample(EVERYTHING, 100, size, CPU), size)
+    expected = F.affine_grid(theta, (100, 3, size, size), align_corners=True)
+    torch.testing.assert_close(sampling_grid(theta, size), expected, atol=1e-6, rtol=0)
+
+
+def test_unknown_border_is_an_error(images, params):
+    with pytest.raises(ValueError, match="wrap"):
+        apply(images, params, 0.0, border="wrap")
+
+
+# Distributions
+
+
+@pytest.fixture(scope="module")
+def draws():
+    torch.manual_seed(5)
+    return sample(Policy(flip_p=0.3, affine_p=0.4, cutout_p=0.6), DRAWS, 32, CPU)
+
+
+@pytest.fixture(scope="module")
+def albumentations_draws():
+    affine = reference.compose(Policy(affine_p=1), (0.0, 0.0, 0.0)).transforms[1]
+    affine.set_random_seed(5)
+    shape = {"shape": (32, 32, 3)}
+    return [affine.get_params_dependent_on_data(shape, {}) for _ in range(DRAWS)]
+
+
+def uniform_p(values, low, high):
+    return stats.kstest(values.numpy(), stats.uniform(low, high - low).cdf).pvalue
+
+
+def test_continuous_parameters_are_uniform(draws):
+    assert uniform_p(draws.angle, -15, 15) > ALPHA
+    assert uniform_p(draws.angle, -14, 14) < ALPHA  # the test can tell them apart
+    for axis in (0, 1):
+        assert uniform_p(draws.scale[:, axis], 0.9, 1.1) > ALPHA
+    assert stats.pearsonr(*draws.scale.T.numpy()).pvalue > ALPHA  # x and y are independent
+
+
+def test_angle_and_scale_are_drawn_as_albumentations_does(draws, albumentations_draws):
+    angles = [p["rotate"] for p in albumentations_draws]
+    assert stats.ks_2samp(draws.angle.numpy(), angles).pvalue > ALPHA
+    for axis, name in enumerate("xy"):
+        scales = [p["scale"][name] for p in albumentations_draws]
+        assert stats.ks_2samp(draws.scale[:, axis].numpy(), scales).pvalue > ALPHA
+
+
+def test_shifts_are_drawn_as_albumentations_does(draws, albumentations_draws):
+    centre = np.array([15.5, 15.5, 1])
+    theirs = np.stack([(p["matrix"] @ centre)[:2] - 15.5 for p in albumentations_draws]).round()
+    for axis in (0, 1):
+        counts = [
+            np.bincount(s[:, axis].astype(int) + 1, minlength=3)
+            for s in (draws.shift.numpy(), theirs)
+        ]
+        assert stats.chisquare(counts[0], DRAWS * np.array([0.25, 0.5, 0.25])).pvalue > ALPHA
+        assert stats.chi2_contingency(counts).pvalue > ALPHA
+
+
+def test_probabilities(draws):
+    for drawn, p in ((draws.flip, 0.3), (draws.affine, 0.4), (draws.hole.any(1), 0.6)):
+        assert stats.binomtest(int(drawn.sum()), DRAWS, p).pvalue > ALPHA
+    both = torch.stack([draws.flip, draws.affine, draws.hole.any(1)]).float()
+    assert np.abs(np.corrcoef(both.numpy()) - np.eye(3)).max() < 0.03
+
+
+def test_holes_lie_anywhere_inside(draws):
+    holes = draws.hole[draws.hole.any(1)]
+    assert (holes[:, 2:] - holes[:, :2] == 16).all()
+    for axis in (0, 1):
+        counts = holes[:, axis].bincount(minlength=17)
+        assert len(counts) == 17  # 0…16 inclusive
+        assert stats.chisquare(counts.numpy()).pvalue > ALPHA
+
+
+def test_colour_parameters():
+    torch.manual_seed(6)
+    colour = {"rgb_shift": (10, 5, 0), "brightness": 0.2, "contrast": 0.3}
+    drawn = sample(Policy(**colour, rgb_shift_p=1, brightness_contrast_p=1), DRAWS, 32, CPU)
+    assert uniform_p(drawn.alpha, 0.7, 1.3) > ALPHA
+    assert uniform_p(drawn.beta, -51, 51) > ALPHA
+    for channel, limit in enumerate((10, 5)):
+        counts = (drawn.rgb_shift[:, channel].long() + limit).bincount(minlength=2 * limit)
+        expected = np.ones(2 * limit - 1)
+        expected[limit - 1] = 2  # truncation towards zero: −1 < s < 1
+        assert stats.chisquare(counts[1 : 2 * limit], DRAWS * expected / (2 * limit)).pvalue > ALPHA
+    assert not drawn.rgb_shift[:, 2].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("border", BORDERS)
+def test_gpu_equals_cpu(images, params, border):
+    torch.set_float32_matmul_precision("high")  # TF32 must not reach the grid
+    on_gpu = Params(**{name: tensor.cuda() for name, tensor in vars(params).items()})
+    with torch.autocast("cuda", torch.bfloat16):
+        result = apply(images.cuda(), on_gpu, FILL.view(-1, 1, 1).cuda(), border).cpu()
+    torch.set_float32_matmul_precision("highest")
+    expected = ours(images, params, border)
+    assert (result - expected).abs().max() <= 0.01
+    assert torch.equal(result[exact(params)], expected[exact(params)])

@@ -1,0 +1,348 @@
+import gzip
+import http.client
+import io
+import pickle
+import tarfile
+import urllib.error
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import data
+from common import UserError
+from synthetic import shapes
+
+CPU = torch.device("cpu")
+CLASSES = ("cat", "dog")
+
+
+def png(colour, size=(32, 32), mode="RGB", kind="PNG"):
+    file = io.BytesIO()
+    Image.new(mode, size, colour).save(file, kind)
+    return file.getvalue()
+
+
+def files(train=4, test=2):
+    """Names and bytes: every image of one colour, of its own."""
+    return {
+        f"{split}/{name}/{i}.png": png((40 * i + 20 * k, 10 * i, 200 - 7 * k))
+        for split, count in (("train", train), ("test", test))
+        for k, name in enumerate(CLASSES)
+        for i in range(count)
+    }
+
+
+def write_tar(path, members, mode="w"):
+    with tarfile.open(path, mode) as archive:
+        for name, blob in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(blob)
+            archive.addfile(info, io.BytesIO(blob))
+    return path
+
+
+def write_folder(path, members):
+    for name, blob in members.items():
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_bytes(blob)
+    return path
+
+
+def load(path, **options):
+    return data.load(str(path), path.parent / "none", CPU, **options)
+
+
+@pytest.mark.parametrize(
+    ("suffix", "mode"), [(".tar", "w"), (".tar.gz", "w:gz"), (".tar.xz", "w:xz")]
+)
+def test_archive_and_folder_are_alike(tmp_path, suffix, mode):
+    members = files()
+    folder = load(write_folder(tmp_path / "pets", members))
+    backwards = dict(reversed(members.items()))
+    archive = load(write_tar(tmp_path / f"pets{suffix}", backwards, mode))
+    assert archive.name == folder.name == "pets"
+    assert archive.classes == folder.classes == list(CLASSES)
+    for field in ("train_images", "train_labels", "test_images", "test_labels", "mean", "std"):
+        assert torch.equal(getattr(archive, field), getattr(folder, field))
+    assert archive.train_images.dtype == torch.uint8
+    assert archive.train_images.shape == (8, 3, 32, 32)
+    assert archive.train_labels.tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert archive.train_images[5, :, 7, 9].tolist() == [60, 10, 193]
+
+
+def test_grey_and_jpeg_images_and_strangers_outside(tmp_path):
+    members = files() | {"train/cat/grey.png": png(99, mode="L"), "README.md": b"hello"}
+    members["test/dog/photo.jpg"] = png((5, 5, 5), kind="JPEG")
+    dataset = load(write_tar(tmp_path / "pets.tar", members))
+    assert (len(dataset.train_images), len(dataset.test_images)) == (9, 5)
+    assert (dataset.train_images[4] == 99).all()
+
+
+def test_statistics_are_those_of_the_training_images():
+    dataset = data.load("synthetic", None, CPU)
+    pixels = dataset.train_images.double()
+    torch.testing.assert_close(dataset.mean.double(), pixels.mean((0, 2, 3)), rtol=1e-6, atol=0)
+    std = pixels.std((0, 2, 3), correction=0)
+    torch.testing.assert_close(dataset.std.double(), std, rtol=1e-6, atol=0)
+    normal = data.normalize(dataset.train_images, dataset.mean, dataset.std)
+    assert normal.mean((0, 2, 3)).abs().max() < 1e-3
+    assert (normal.std((0, 2, 3)) - 1).abs().max() < 1e-3
+
+
+def test_synthetic_images_never_change():
+    images, labels = shapes(20, seed=0)
+    again, _ = shapes(20, seed=0)
+    assert torch.equal(images, again)
+    assert not torch.equal(images, shapes(20, seed=1)[0])
+    assert labels.bincount().tolist() == [2] * 10
+    dataset = data.load("synthetic", None, CPU)
+    assert (len(dataset.train_images), len(dataset.test_images)) == (5000, 1000)
+    assert dataset.name == "synthetic"
+
+
+def test_subsets_are_balanced_disjoint_and_fixed():
+    whole = data.load("synthetic", None, CPU)
+    dataset = data.load("synthetic", None, CPU, train_images=1003, holdout=500)
+    assert dataset.test_labels.bincount().tolist() == [50] * 10
+    assert set(dataset.train_labels.bincount().tolist()) == {100, 101}
+    index = {image.numpy().tobytes(): i for i, image in enumerate(whole.train_images)}
+    held, kept = (
+        {index[image.numpy().tobytes()] for image in images}
+        for images in (dataset.test_images, dataset.train_images)
+    )
+    assert (len(held), len(kept)) == (500, 1003)
+    assert not held & kept
+    torch.manual_seed(99)
+    again = data.load("synthetic", None, CPU, train_images=1003, holdout=500)
+    assert torch.equal(again.train_images, dataset.train_images)
+    more = data.load("synthetic", None, CPU, holdout=500)
+    assert torch.equal(more.test_images, dataset.test_images)
+    assert len(more.train_images) == 4500
+    assert not torch.equal(more.mean, whole.mean)
+    with pytest.raises(UserError, match="--holdout"):
+        data.load("synthetic", None, CPU, train_images=4600, holdout=500)
+
+
+def test_an_epoch_sees_every_image_once():
+    torch.manual_seed(0)
+    first = torch.cat(data.epoch_batches(100, 25, CPU))
+    second = torch.cat(data.epoch_batches(100, 25, CPU))
+    assert first.sort().values.tolist() == list(range(100))
+    assert not torch.equal(first, second)
+    short = data.epoch_batches(103, 25, CPU)
+    assert [len(batch) for batch in short] == [25] * 4
+
+
+# The cache
+
+
+def test_cache_is_used_until_the_source_changes(tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "pets.tar", files())
+    first = load(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "_decode", lambda path: pytest.fail("decoded again"))
+        assert torch.equal(load(path).train_images, first.train_images)
+    write_tar(path, files(train=5))
+    assert len(load(path).train_images) == 10
+    folder = write_folder(tmp_path / "folder", files())
+    load(folder)
+    (folder / "train/cat/new.png").write_bytes(png((1, 2, 3)))
+    assert len(load(folder).train_images) == 9
+
+
+def test_damaged_or_forbidden_cache_is_no_obstacle(tmp_path, capsys, monkeypatch):
+    path = write_tar(tmp_path / "pets.tar", files())
+    load(path)
+    (cache,) = (tmp_path / "cache" / "atrous").iterdir()
+    cache.write_bytes(cache.read_bytes()[:500])
+    assert len(load(path).train_images) == 8
+    assert "damaged" in capsys.readouterr().err
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert len(load(path).train_images) == 8
+    assert "not cached" in capsys.readouterr().err
+
+
+# Bad input
+
+
+def without(prefix):
+    return {name: blob for name, blob in files().items() if not name.startswith(prefix)}
+
+
+BAD_MEMBERS = {
+    "no test split": (without("test"), "no images in test"),
+    "different classes": (without("test/dog"), "dog"),
+    "one class": ({n: b for n, b in files().items() if "dog" not in n}, "only the class cat"),
+    "too large": (files() | {"train/cat/big.png": png((0, 0, 0), (33, 32))}, "big.png is 33×32"),
+    "truncated": (files() | {"test/dog/x.png": png((1, 2, 3))[:60]}, "test/dog/x.png"),
+    "no image": (files() | {"train/cat/notes.txt": b"hello"}, "train/cat/notes.txt"),
+    "gif": (files() | {"train/cat/a.gif": png(0, mode="L", kind="GIF")}, "train/cat/a.gif"),
+    "too deep": (files() | {"train/cat/deep/a.png": png(0)}, "train/cat/deep/a.png"),
+    "no class": (files() | {"train/a.png": png(0)}, "train/a.png"),
+    "huge": (files() | {"train/cat/a.png": bytes((1 << 20) + 1)}, "too large"),
+}
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar"])
+@pytest.mark.parametrize(("members", "message"), BAD_MEMBERS.values(), ids=BAD_MEMBERS)
+def test_bad_members(tmp_path, kind, members, message):
+    path = tmp_path / ("bad" if kind == "folder" else "bad.tar")
+    (write_folder if kind == "folder" else write_tar)(path, members)
+    with pytest.raises(UserError, match=message) as error:
+        load(path)
+    assert "\n" not in str(error.value)
+    assert not any(tmp_path.glob("cache/atrous/*"))
+
+
+def test_images_of_one_colour_cannot_be_normalised(tmp_path):
+    with pytest.raises(UserError, match="colour channel"):
+        load(write_tar(tmp_path / "bad.tar", dict.fromkeys(files(), png((9, 9, 9)))))
+
+
+@pytest.mark.parametrize("name", ["train/../x.png", "train/cat/../x.png"])
+def test_path_traversal_is_an_error(tmp_path, name):
+    with pytest.raises(UserError, match="not of the form"):
+        load(write_tar(tmp_path / "bad.tar", files() | {name: png(0)}))
+
+
+def test_a_link_in_an_archive_is_an_error(tmp_path):
+    path = write_tar(tmp_path / "bad.tar", files())
+    with tarfile.open(path, "a") as archive:
+        link = tarfile.TarInfo("train/cat/link.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
+        archive.addfile(link)
+    with pytest.raises(UserError, match=r"link\.png is a link"):
+        load(path)
+
+
+def test_a_member_that_is_there_twice_is_an_error(tmp_path):
+    path = write_tar(tmp_path / "bad.tar", files())
+    write_tar(path, {"train/cat/0.png": png(1)}, "a")
+    with pytest.raises(UserError, match="twice"):
+        load(path)
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".tar.xz"])
+def test_no_truncated_archive_loads(tmp_path, suffix):
+    path = tmp_path / f"pets{suffix}"
+    write_tar(path, files(), {".tar": "w", ".tar.gz": "w:gz", ".tar.xz": "w:xz"}[suffix])
+    whole = path.read_bytes()
+    end = len(whole) if suffix != ".tar" else 24 * 512  # behind it a tar is padded with zeros
+    for size in np.linspace(0, end - 1, 25).astype(int):
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError, match="pets"):
+            load(path)
+
+
+def test_no_damaged_header_hides_images(tmp_path):
+    path = write_tar(tmp_path / "pets.tar", files())
+    damaged = bytearray(path.read_bytes())
+    damaged[6 * 1024 + 3] ^= 0xFF  # in the name of the seventh of twelve members
+    path.write_bytes(damaged)
+    with pytest.raises(UserError, match="train/"):
+        load(path)
+
+
+def test_damage_that_only_the_checksum_shows(tmp_path):
+    path = write_tar(tmp_path / "pets.tar", files())
+    packed = bytearray(gzip.compress(path.read_bytes(), 0))  # stored, not deflated
+    packed[-4000] ^= 1  # in the padding
+    bad = tmp_path / "bad.tar.gz"
+    bad.write_bytes(packed)
+    with pytest.raises(UserError, match=r"bad\.tar\.gz"):
+        load(bad)
+
+
+def test_sources_that_are_not_there(tmp_path):
+    with pytest.raises(UserError, match="neither auto"):
+        load(tmp_path / "missing")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="no images in train"):
+        load(tmp_path / "empty")
+    (tmp_path / "note.txt").write_text("hello")
+    with pytest.raises(UserError, match="no whole"):
+        load(tmp_path / "note.txt")
+
+
+# CIFAR-10
+
+
+def broken_download(error):
+    def download(*args, **kwargs):
+        raise error
+
+    return download
+
+
+NETWORK = [
+    urllib.error.URLError("no route"),
+    TimeoutError("timed out"),
+    ConnectionResetError("reset"),
+    http.client.IncompleteRead(b""),
+]
+
+
+@pytest.mark.parametrize("error", NETWORK, ids=lambda error: type(error).__name__)
+def test_without_a_network(tmp_path, monkeypatch, capsys, error):
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.download", broken_download(error))
+    assert data.load("auto", tmp_path / "data", CPU).name == "synthetic"
+    assert "warning: CIFAR-10 could not be downloaded" in capsys.readouterr().err
+    with pytest.raises(UserError, match="--data cifar10"):
+        data.load("cifar10", tmp_path / "data", CPU)
+    assert not any((tmp_path / "data").iterdir())
+
+
+def test_a_wrong_sum_is_no_reason_to_fall_back(tmp_path, monkeypatch):
+    error = RuntimeError("File not found or corrupted.")
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.download", broken_download(error))
+    with pytest.raises(UserError, match="damaged"):
+        data.load("auto", tmp_path, CPU)
+
+
+@pytest.mark.parametrize("source", ["auto", "cifar10"])
+def test_a_broken_local_copy_is_an_error(tmp_path, source):
+    (tmp_path / "cifar-10-batches-py").mkdir()
+    (tmp_path / "cifar-10-batches-py" / "data_batch_1").write_bytes(pickle.dumps({}))
+    with pytest.raises(UserError, match="delete that folder"):
+        data.load(source, tmp_path, CPU)
+
+
+@pytest.mark.parametrize("source", ["auto", "cifar10"])
+def test_a_broken_local_archive_is_an_error(tmp_path, source):
+    (tmp_path / "cifar-10-python.tar.gz").write_bytes(b"half of it")
+    with pytest.raises(UserError, match="wrong MD5 sum"):
+        data.load(source, tmp_path, CPU)
+
+
+def test_a_local_copy_is_read(tmp_path, monkeypatch):
+    """A CIFAR-10 in its own format, with the checks of this copy's sums in place of the real."""
+    from torchvision.datasets import CIFAR10
+    from torchvision.datasets.utils import calculate_md5
+
+    rows = np.random.default_rng(0).integers(0, 256, (20, 3072), dtype=np.uint8)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+
+    def write(name, content):
+        (folder / name).write_bytes(pickle.dumps(content))
+        return [name, calculate_md5(folder / name)]
+
+    names = [f"data_batch_{i}" for i in range(1, 6)]
+    labels = [i % 10 for i in range(20)]
+    train = [write(name, {"data": rows, "labels": labels}) for name in names]
+    test = [write("test_batch", {"data": rows[::-1], "labels": labels[::-1]})]
+    meta = write("batches.meta", {"label_names": list("abcdefghij")})
+    monkeypatch.setattr(CIFAR10, "train_list", train)
+    monkeypatch.setattr(CIFAR10, "test_list", test)
+    monkeypatch.setattr(
+        CIFAR10, "meta", {"filename": meta[0], "key": "label_names", "md5": meta[1]}
+    )
+    dataset = data.load("auto", tmp_path, CPU)
+    assert (dataset.name, dataset.classes) == ("cifar10", list("abcdefghij"))
+    assert dataset.train_images.shape == (100, 3, 32, 32)
+    assert dataset.train_images[3].flatten().tolist() == rows[3].tolist()
+    assert dataset.train_labels[:20].tolist() == labels
+    assert dataset.test_images[0].flatten().tolist() == rows[19].tolist()
