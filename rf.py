@@ -32,12 +32,8 @@ class Field:
     def through(self, kernel: int, stride: int, dilation: int, padding: int) -> "Field":
         """The field after a window of `kernel` taps (Araujo et al. 2019, "Computing Receptive
         Fields of Convolutional Neural Networks")."""
-        low = self.low - self.jump * padding
-        return Field(
-            self.jump * stride,
-            low,
-            self.high + low - self.low + self.jump * dilation * (kernel - 1),
-        )
+        low, high = -padding, dilation * (kernel - 1) - padding
+        return Field(self.jump * stride, self.low + self.jump * low, self.high + self.jump * high)
 
 
 @dataclass(frozen=True)
@@ -80,7 +76,10 @@ def receptive_field(module: nn.Module) -> int:
 
 def trace(module: nn.Module, input_shape: tuple[int, int, int] = (3, 32, 32)) -> Trace:
     """Layers and receptive field of `module` for images of `input_shape`; errors as above."""
-    graph = fx.symbolic_trace(copy.deepcopy(module).cpu().eval())
+    module = copy.deepcopy(module).cpu().eval()
+    if not list(module.children()):
+        module = nn.Sequential(module)  # tracing looks into the root, even into a lone Conv2d
+    graph = fx.symbolic_trace(module)
     with torch.no_grad():
         ShapeProp(graph).propagate(torch.zeros(1, *input_shape))
     modules = dict(graph.named_modules())

@@ -199,9 +199,11 @@ def format_line(line: dict[str, float]) -> str:
 # A run, from its folder to its results
 
 
-def run(args: Namespace, argv: list[str], dataset: data.Dataset) -> dict[str, Any]:
-    """Train one net from its start or checkpoint to its results: the content of `summary.json`."""
-    start = time.perf_counter()
+def run(args: Namespace, argv: list[str], dataset: data.Dataset, start: float) -> dict[str, Any]:
+    """Train one net from its start or checkpoint to its results: the content of `summary.json`.
+
+    `start` is the reading of `time.perf_counter` that total_seconds counts from.
+    """
     if args.batch_size > len(dataset.train_images):
         raise UserError(
             f"--batch-size {args.batch_size}: {dataset.name} has only "
@@ -229,6 +231,7 @@ def run(args: Namespace, argv: list[str], dataset: data.Dataset) -> dict[str, An
     folder = Path(args.resume or run_folder(args, dataset.name))
     if args.resume:
         resume(training, folder, dataset.name)
+        start -= training.elapsed
     else:
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -309,7 +312,7 @@ def run_all(args: Namespace, argv: list[str]) -> None:
     if args.repeat == 1:
         if not args.resume:
             refuse_existing(base)
-        run(args, argv, dataset)
+        run(args, argv, dataset, start)
     else:
         seeds = range(args.seed, args.seed + args.repeat)
         runs = [
@@ -318,7 +321,7 @@ def run_all(args: Namespace, argv: list[str]) -> None:
         ]
         for each in runs:
             refuse_existing(Path(each.out))
-        summaries = [run(each, argv, dataset) for each in runs]
+        summaries = [run(each, argv, dataset, time.perf_counter()) for each in runs]
         report.write_repeats(base, summaries)
     if args.data == "auto" and dataset.name == "synthetic":
         print("warning: CIFAR-10 was out of reach; all of the above is on synthetic images")

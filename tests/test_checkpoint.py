@@ -1,0 +1,69 @@
+import pytest
+import torch
+
+import checkpoint
+from common import UserError, written_whole
+from model import build
+
+
+def model_file(path, **changes):
+    net = build("atrous", 4)
+    content = {"net": "atrous", "num_classes": 4, "state_dict": net.state_dict()}
+    checkpoint.save(path, content | changes)
+    return net.eval()
+
+
+def test_a_net_comes_back_as_it_was(tmp_path):
+    net = model_file(tmp_path / "model.pt", classes=list("abcd"))
+    loaded, content = checkpoint.load_net(tmp_path / "model.pt")
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(loaded(images), net(images))
+    assert not loaded.training
+    assert content["classes"] == list("abcd")
+
+
+def test_a_failed_write_leaves_the_file_that_was_there(tmp_path):
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, {"epoch": 1})
+    with pytest.raises(ZeroDivisionError), written_whole(path) as file:
+        file.write(b"half" * (1 // 0))
+    assert checkpoint.load(path)["epoch"] == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+class Harmful:
+    def __reduce__(self):
+        return print, ("code in a checkpoint was run",)
+
+
+def test_no_code_in_a_file_is_run(tmp_path, capsys):
+    torch.save({"format": 1, "net": Harmful()}, tmp_path / "model.pt")
+    with pytest.raises(UserError):
+        checkpoint.load(tmp_path / "model.pt")
+    assert "was run" not in capsys.readouterr().out
+
+
+BAD = {
+    "missing": lambda path: None,
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("hello"),
+    "truncated": lambda path: (
+        model_file(path),
+        path.write_bytes(path.read_bytes()[:5000]),
+    ),
+    "not ours": lambda path: torch.save({"weights": torch.zeros(3)}, path),
+    "no dict": lambda path: torch.save(torch.zeros(3), path),
+    "newer": lambda path: torch.save({"format": checkpoint.FORMAT + 1}, path),
+    "another net": lambda path: model_file(path, net="resnet"),
+    "other classes": lambda path: model_file(path, num_classes=5),
+    "no weights": lambda path: model_file(path, state_dict=None),
+}
+
+
+@pytest.mark.parametrize("spoil", BAD.values(), ids=BAD)
+def test_bad_files_are_one_line(tmp_path, spoil):
+    path = tmp_path / "model.pt"
+    spoil(path)
+    with pytest.raises(UserError) as error:
+        checkpoint.load_net(path)
+    assert "\n" not in str(error.value)

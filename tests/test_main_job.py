@@ -1,0 +1,333 @@
+"""The main job from outside: flags in, a run folder, lines and an exit status out."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_data import files, write_tar
+
+import checkpoint
+import flags
+import machine
+import rf
+import step
+import train
+from common import UserError
+
+SMALL = ["--data", "synthetic", "--train-images", "120", "--holdout", "100", "--device", "cpu"]
+SMALL += ["--batch-size", "40", "--epochs", "2", "--lr", "0.1"]
+FILES = {
+    "config.json",
+    "metrics.jsonl",
+    "summary.json",
+    "predictions.npy",
+    "model.pt",
+    "last.pt",
+    "curves.png",
+    "augmented.png",
+    "mistakes.png",
+    "confusion.png",
+}
+METRICS = "epoch lr train_loss train_accuracy test_loss test_accuracy seconds images_per_second"
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def timeless(folder):
+    """The metrics without what a clock says."""
+    clock = ("seconds", "images_per_second")
+    return [{key: line[key] for key in line if key not in clock} for line in lines(folder)]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run in a folder of its own, and what it printed."""
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    command = [sys.executable, "train.py", *SMALL, "--out", str(folder), "--target", "0.01"]
+    result = subprocess.run(
+        command, capture_output=True, text=True, cwd=Path(train.__file__).parent
+    )
+    assert result.returncode == 0, result.stderr
+    return folder, result.stdout
+
+
+def test_every_promised_file(finished):
+    folder, _ = finished
+    assert {file.name for file in folder.iterdir()} == FILES
+
+
+def test_metrics(finished):
+    history = lines(finished[0])
+    assert [line["epoch"] for line in history] == [1, 2]
+    for line in history:
+        assert list(line) == METRICS.split()
+        assert 0 <= line["train_accuracy"] <= 1
+        assert 0 <= line["test_accuracy"] <= 1
+        assert line["images_per_second"] == pytest.approx(120 / line["seconds"])
+    assert history[1]["lr"] < 1e-3 < history[0]["lr"]  # OneCycle ends near zero
+
+
+def test_summary_agrees_with_the_predictions(finished):
+    folder, _ = finished
+    summary = json.loads((folder / "summary.json").read_text())
+    logits = np.load(folder / "predictions.npy")
+    assert logits.shape == (100, 10)
+    dataset = train.data.load("synthetic", None, torch.device("cpu"), 120, 100)
+    right = (logits.argmax(1) == dataset.test_labels.numpy()).mean()
+    assert summary["final_accuracy"] == pytest.approx(right)
+    assert summary["final_accuracy"] == lines(folder)[-1]["test_accuracy"]
+    assert summary["best_accuracy"] >= summary["final_accuracy"]
+    assert summary["parameters"] < 200_000
+    assert summary["receptive_field"] > 44
+    assert (summary["data"], summary["tested_on"]) == ("synthetic", "100 held-out training images")
+    assert summary["target_reached"]["epoch"] == 1
+    assert summary["total_seconds"] > summary["training_seconds"] > 0
+    assert summary["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert summary["device"].startswith("CPU")
+
+
+def test_the_saved_net_predicts_what_the_run_did(finished):
+    folder, _ = finished
+    net, content = checkpoint.load_net(folder / "model.pt")
+    dataset = train.data.load("synthetic", None, torch.device("cpu"), 120, 100)
+    assert content["mean"] == pytest.approx(dataset.mean.tolist())
+    precision = json.loads((folder / "summary.json").read_text())["precision"]
+    net.to(memory_format=torch.channels_last)
+    logits = step.predict_logits(net, dataset, precision).numpy()
+    np.testing.assert_allclose(logits, np.load(folder / "predictions.npy"), atol=0.05)
+
+
+def test_what_is_printed_when_piped(finished):
+    _, printed = finished
+    rows = printed.splitlines()
+    assert "\r" not in printed
+    assert "\x1b" not in printed
+    assert max(map(len, rows)) <= 100
+    for word in ("device ", "synthetic", "parameters", "receptive field", "flip averaging"):
+        assert word in printed
+    table = rows[next(i for i, row in enumerate(rows) if row.startswith("epoch")) :][:3]
+    assert len({len(row) for row in table}) == 1  # aligned
+    assert "target 1.00%" in printed
+
+
+def test_same_seed_same_run_and_another_seed_another(finished, tmp_path):
+    for seed in ("0", "1"):
+        out = ["--out", str(tmp_path / seed), "--seed", seed]
+        assert train.main([*SMALL, *out]) == 0
+    assert timeless(tmp_path / "0") == timeless(finished[0])
+    assert timeless(tmp_path / "1") != timeless(tmp_path / "0")
+
+
+def test_interrupted_and_resumed_is_as_if_nothing_had_been(finished, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / "run"
+    write = train.report.write_history
+
+    def interrupt(*args):
+        write(*args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.report, "write_history", interrupt)
+        assert train.main([*SMALL, "--out", str(folder)]) == 130
+    assert "--resume" in capsys.readouterr().err
+    assert len(lines(folder)) == 1
+    assert not list(folder.glob("*.tmp"))
+    assert train.main(["--resume", str(folder)]) == 0
+    assert timeless(folder) == timeless(finished[0])
+    nets = [checkpoint.load(path / "model.pt")["state_dict"] for path in (folder, finished[0])]
+    assert all(torch.equal(value, nets[1][name]) for name, value in nets[0].items())
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["final_accuracy"] == lines(finished[0])[-1]["test_accuracy"]
+
+
+def test_a_resumed_run_keeps_its_flags(finished, capsys):
+    assert train.main(["--resume", str(finished[0]), "--lr", "0.2"]) == 2
+    assert capsys.readouterr().err == f"error: --lr 0.2: the run in {finished[0]} has 0.1\n"
+
+
+def test_a_resumed_run_keeps_its_data(finished, tmp_path, capsys):
+    path = write_tar(tmp_path / "pets.tar", files(train=120))
+    assert train.main(["--resume", str(finished[0]), "--data", str(path)]) == 2
+    assert "trains on synthetic, not pets" in capsys.readouterr().err
+
+
+def test_repeats(tmp_path, capsys):
+    folder = tmp_path / "runs"
+    arguments = [*SMALL, "--epochs", "1", "--repeat", "2", "--seed", "3", "--out", str(folder)]
+    assert train.main(arguments) == 0
+    assert {path.name for path in folder.iterdir()} == {"s3", "s4", "summary.json"}
+    summary = json.loads((folder / "summary.json").read_text())
+    each = [json.loads((folder / s / "summary.json").read_text()) for s in ("s3", "s4")]
+    values = [one["final_accuracy"] for one in each]
+    assert summary["final_accuracy"]["values"] == values
+    assert summary["final_accuracy"]["mean"] == pytest.approx(np.mean(values))
+    assert summary["final_accuracy"]["sd"] == pytest.approx(np.std(values, ddof=1))
+    assert [one["seed"] for one in each] == [3, 4]
+    assert "2 seeds" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("augment", ["albumentations", "none"])
+def test_other_augmentations(tmp_path, augment):
+    extra = ["--epochs", "1", "--augment", augment, "--out", str(tmp_path / "run")]
+    assert train.main([*SMALL, *extra]) == 0
+    assert {file.name for file in (tmp_path / "run").iterdir()} == FILES
+
+
+def test_without_a_network_it_says_so_twice(tmp_path, monkeypatch, capsys):
+    def unreachable(*_):
+        raise TimeoutError("timed out")
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.download", unreachable)
+    arguments = [*SMALL[2:], "--data-dir", str(tmp_path / "data"), "--epochs", "1"]
+    monkeypatch.chdir(tmp_path)
+    assert train.main(arguments) == 0
+    printed = capsys.readouterr()
+    assert "warning" in printed.err
+    assert "synthetic" in printed.out.splitlines()[-1]
+    for name in ("config.json", "summary.json"):
+        facts = json.loads((tmp_path / "runs/atrous-synthetic-s0" / name).read_text())
+        assert facts["data"] == "synthetic"
+
+
+@pytest.mark.parametrize("schedule", ["onecycle", "cyclic", "step"])
+def test_schedules(schedule):
+    args = flags.parse_flags(["--schedule", schedule, "--epochs", "16", "--lr", "0.5"])
+    net = torch.nn.Linear(2, 2)
+    training = train.make_training(net, args, torch.device("cpu"), steps=10)
+    rates = []
+    for _ in range(160):
+        rates.append(training.scheduler.get_last_lr()[0])
+        training.optimizer.step()
+        training.scheduler.step()
+    assert max(rates) == pytest.approx(0.5)
+    if schedule == "onecycle":
+        assert rates.index(max(rates)) == pytest.approx(40, abs=1)
+        assert rates[-1] < 1e-4
+    elif schedule == "cyclic":
+        assert [rates[i] for i in (0, 80)] == pytest.approx([0.02, 0.02])
+        assert [rates[i] for i in (40, 120)] == pytest.approx([0.5, 0.5])
+    else:
+        assert [rates[i] for i in (59, 60, 120)] == pytest.approx([0.5, 0.25, 0.125])
+
+
+def test_weight_decay_spares_what_has_one_dimension():
+    args = flags.parse_flags(["--weight-decay", "0.01"])
+    net = train.model.build("atrous", 10)
+    groups = train.make_training(net, args, torch.device("cpu"), 1).optimizer.param_groups
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    for parameter in net.parameters():
+        assert decay[id(parameter)] == (0.01 if parameter.ndim >= 2 else 0)
+
+
+def test_precision_on_a_cpu_follows_the_layers():
+    cpu = torch.device("cpu")
+    dense, depthwise = torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(3, 90, 9, groups=3)
+    layers = [rf.trace(module).layers for module in (dense, depthwise)]
+    chosen = [machine.choose_precision("auto", cpu, each) for each in layers]
+    assert chosen == ["bf16", "fp32"]
+    assert machine.choose_precision("fp16", cpu, layers[0]) == "fp16"
+
+
+# Bad input
+
+
+BAD_FLAGS = [
+    (["--net", "resnet"], "--net"),
+    (["--data", "missing.tar"], "missing.tar"),
+    (["--schedule", "linear"], "--schedule"),
+    (["--augment", "some"], "--augment"),
+    (["--epochs", "0"], "--epochs"),
+    (["--epochs", "many"], "--epochs"),
+    (["--batch-size", "0"], "--batch-size"),
+    (["--batch-size", "121"], "--batch-size 121"),
+    (["--lr", "0"], "--lr"),
+    (["--lr", "-1"], "--lr"),
+    (["--lr", "nan"], "--lr"),
+    (["--lr", "inf"], "--lr"),
+    (["--repeat", "0"], "--repeat"),
+    (["--weight-decay", "-0.1"], "--weight-decay"),
+    (["--seed", "-1"], "--seed"),
+    (["--flip-p", "1.5"], "--flip-p"),
+    (["--cutout", "33"], "--cutout"),
+    (["--rotate", "-3"], "--rotate"),
+    (["--border", "wrap"], "--border"),
+    (["--dropout", "1"], "--dropout"),
+    (["--holdout", "5000"], "--holdout"),
+    (["--resume", "nowhere"], "--resume nowhere"),
+    (["--epoch", "3"], "--epoch"),
+    (["--out", "file/run"], "--out file/run"),
+    (["--out", "file"], "--out file"),
+]
+if not torch.cuda.is_available():
+    BAD_FLAGS.append((["--device", "cuda"], "--device cuda"))
+
+
+@pytest.mark.parametrize(("arguments", "named"), BAD_FLAGS, ids=lambda value: str(value))
+def test_bad_flags(tmp_path, monkeypatch, capsys, arguments, named):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("not a folder")
+    assert train.main([*SMALL, *arguments]) == 2
+    printed = capsys.readouterr()
+    error = [line for line in printed.err.splitlines() if not line.startswith("data read")]
+    assert len(error) == 1
+    assert error[0].startswith("error: ")
+    assert named in error[0]
+    assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["file"]
+
+
+def test_an_existing_run_is_not_overwritten(finished, capsys):
+    folder, _ = finished
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert train.main([*SMALL, "--out", str(folder)]) == 2
+    assert f"--resume {folder}" in capsys.readouterr().err
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, capsys):
+    folder = tmp_path / "run"
+    extra = ["--lr", "1e30", "--epochs", "1", "--precision", "fp32", "--out", str(folder)]
+    assert train.main([*SMALL, *extra]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "at step " in error
+    assert "learning rate" in error
+    assert not (folder / "last.pt").exists()
+
+
+def test_bad_archive_leaves_nothing(tmp_path, capsys):
+    path = write_tar(tmp_path / "bad.tar", files() | {"test/cat/x.png": b"no image"})
+    assert train.main(["--data", str(path), "--out", str(tmp_path / "run")]) == 2
+    assert "test/cat/x.png" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_damaged_run_is_one_line(finished, tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{")
+    assert train.main(["--resume", str(tmp_path)]) == 2
+    assert "damaged" in capsys.readouterr().err
+    (tmp_path / "config.json").write_bytes((finished[0] / "config.json").read_bytes())
+    (tmp_path / "last.pt").write_bytes((finished[0] / "last.pt").read_bytes()[:1000])
+    assert train.main(["--resume", str(tmp_path)]) == 2
+    assert "last.pt" in capsys.readouterr().err
+
+
+def test_flags_read_back():
+    with pytest.raises(UserError, match="unrecognized arguments: --nets"):
+        flags.parse_flags(["--nets", "atrous"])
+    args = flags.parse_flags(["--shift", "0.1", "--rgb-shift", "1", "2", "3"])
+    assert flags.policy_of(args).rgb_shift == (1, 2, 3)
+    assert flags.policy_of(args).shift == 0.1
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(tmp_path):
+    arguments = [*SMALL, "--device", "cuda", "--out", str(tmp_path / "run")]
+    for precision in ("bf16", "fp16", "fp32"):
+        out = ["--precision", precision, "--out", str(tmp_path / precision)]
+        assert train.main([*arguments, *out]) == 0
+        assert {file.name for file in (tmp_path / precision).iterdir()} == FILES

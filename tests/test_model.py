@@ -1,0 +1,56 @@
+import pytest
+import torch
+from torch import nn
+
+import rf
+from common import UserError
+from model import NETS, build
+
+
+@pytest.fixture(scope="module")
+def net():
+    torch.manual_seed(0)
+    return build("atrous", 10)
+
+
+def convolutions(net):
+    return [module for module in net.modules() if isinstance(module, nn.Conv2d)]
+
+
+def test_the_default_net_is_what_it_promises(net):
+    convs = convolutions(net)
+    assert sum(p.numel() for p in net.parameters()) < 200_000
+    assert rf.receptive_field(net) > 44
+    assert any(c.groups == c.in_channels > 1 for c in convs)  # depthwise
+    assert any(max(c.dilation) > 1 for c in convs)
+    assert all(max(c.dilation) > 1 for c in convs if max(c.stride) > 1)
+    assert not any("Max" in type(module).__name__ for module in net.modules())
+    assert any(isinstance(module, nn.AdaptiveAvgPool2d) for module in net.modules())
+
+
+@pytest.mark.parametrize("classes", [2, 10])
+def test_logits(classes):
+    net = build("atrous", classes).eval()
+    assert net(torch.randn(3, 3, 32, 32)).shape == (3, classes)
+
+
+def test_every_weight_gets_a_gradient_after_one_step():
+    torch.manual_seed(0)
+    net = build("atrous", 10)
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    for _ in range(2):  # the branches' last norms start at zero and block their gradient once
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(images), labels).backward()
+        optimizer.step()
+    assert all(p.grad.abs().sum() > 0 for p in net.parameters())
+
+
+def test_dropout_is_as_asked():
+    assert {m.p for m in build("atrous", 10, 0.3).modules() if isinstance(m, nn.Dropout)} == {0.3}
+
+
+def test_an_unknown_net_names_those_there_are():
+    with pytest.raises(UserError, match="atrous"):
+        build("resnet", 10)
+    assert "atrous" in NETS
