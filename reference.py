@@ -2,7 +2,6 @@
 
 import os
 import random
-import warnings
 
 import numpy as np
 import torch
@@ -78,25 +77,30 @@ def loader(
 ) -> DataLoader:
     """Shuffled batches: images uint8 (batch_size, 3, H, W), labels (batch_size,), on the host."""
     fill = tuple(mean.round().tolist())
+    transforms = compose(policy, fill)
+    reseed(transforms)
     return DataLoader(
-        AugmentedImages(images.cpu(), labels.cpu(), compose(policy, fill)),
+        AugmentedImages(images.cpu(), labels.cpu(), transforms),
         batch_size,
         shuffle=True,
         drop_last=True,
         num_workers=workers,
         pin_memory=pin_memory,
-        worker_init_fn=reseed,
+        worker_init_fn=start_worker,
     )
 
 
-def reseed(_worker: int) -> None:
-    """Give this worker, in this epoch, random numbers of its own.
+def reseed(transforms: A.Compose) -> None:
+    """Give `transforms` a random stream of its own, from this process's torch seed.
 
-    Left alone, workers draw identical parameters and every epoch repeats them; and
-    `set_random_seed` would give each transform the same stream, so that flip and shift correlate.
+    `Compose.set_random_seed` would give each transform the same stream: flip and hole correlate.
     """
-    dataset = torch.utils.data.get_worker_info().dataset
     seed = torch.initial_seed() % 2**63
-    dataset.compose.set_random_state(np.random.default_rng(seed), random.Random(seed))
+    transforms.set_random_state(np.random.default_rng(seed), random.Random(seed))
+
+
+def start_worker(_number: int) -> None:
+    """Reseed a worker, which torch seeds anew in every epoch; left alone, workers draw identical
+    parameters and every epoch repeats them."""
+    reseed(torch.utils.data.get_worker_info().dataset.compose)
     cv2.setNumThreads(0)
-    warnings.simplefilter("ignore")
