@@ -67,10 +67,11 @@ def mistakes(
     wrong = np.flatnonzero(predicted != labels)
     wrong = wrong[np.argsort(-probabilities[wrong].max(1), kind="stable")]
     captions = [
-        f"{classes[labels[i]]}\nnot {classes[predicted[i]]} ({probabilities[i].max():.0%})"
+        f"{classes[labels[i]]}\nas {classes[predicted[i]]} ({probabilities[i].max():.0%})"
         for i in wrong[:32]
     ]
-    title = f"{len(wrong):,} of {len(labels):,} test images are misclassified; the surest of them"
+    title = f"{len(wrong):,} of {len(labels):,} test images are misclassified; the surest of them:"
+    title += " true class, as predicted (probability)"
     image_grid(path, images[wrong[:32]], captions, title)
 
 

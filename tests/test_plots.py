@@ -52,5 +52,5 @@ def test_mistakes(tmp_path, monkeypatch, wrong):
     assert seen["title"].startswith(f"{wrong} of 50")
     if wrong:
         assert (seen["images"][0] == images[wrong - 1]).all()
-        assert seen["captions"][0].startswith("cat\nnot dog (")
+        assert seen["captions"][0].startswith("cat\nas dog (")
     assert (tmp_path / "mistakes.png").exists()
