@@ -55,8 +55,8 @@ def make_parser() -> Parser:
 
     flag = parser.add_argument_group("training").add_argument
     flag("--epochs", type=count, default=40)
-    flag("--batch-size", type=count, default=128)
-    flag("--lr", type=number(float, 0, above=True), default=0.2, help="the largest rate")
+    flag("--batch-size", type=count, default=256)
+    flag("--lr", type=number(float, 0, above=True), default=0.4, help="the largest rate")
     flag("--schedule", choices=("onecycle", "cyclic", "step"), default="onecycle")
     flag("--momentum", type=number(float, 0, 0.999), default=0.9, help="Nesterov's")
     flag("--weight-decay", type=number(float, 0), default=5e-4, help="on weights of ≥ 2 dimensions")
