@@ -38,8 +38,8 @@ def curves(path: Path, history: list[dict[str, Any]], title: str) -> None:
         if len(epochs) == 1:
             for line in axes.lines:
                 line.set_marker("o")
-    left.legend()
-    middle.legend()
+    left.legend(loc="upper right")
+    middle.legend(loc="lower right")
     figure.suptitle(title)
     _save(figure, path)
 
