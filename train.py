@@ -249,13 +249,16 @@ def run(args: Namespace, argv: list[str], dataset: data.Dataset, start: float) -
     )
     done = len(training.history)
     total = {"total": args.epochs * steps, "initial": done * steps}
-    with tqdm(**total, unit="step", leave=False, disable=None) as bar:
-        while len(training.history) < args.epochs:
-            run_epoch(training, dataset, args, device, bar)
-            checkpoint.save(folder / "last.pt", {"data": dataset.name, **training.state()})
-            report.write_history(folder, training.history)
-            tqdm.write(format_line(training.history[-1]))
-            sys.stdout.flush()
+    try:
+        with tqdm(**total, unit="step", leave=False, disable=None) as bar:
+            while len(training.history) < args.epochs:
+                run_epoch(training, dataset, args, device, bar)
+                checkpoint.save(folder / "last.pt", {"data": dataset.name, **training.state()})
+                report.write_history(folder, training.history)
+                tqdm.write(format_line(training.history[-1]))
+                sys.stdout.flush()
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(f"--resume {folder} goes on after the last line") from interrupt
     torch.manual_seed(args.seed)
     examples = next(training_batches(dataset, args, device))
     summary = {
@@ -337,8 +340,8 @@ def main(argv: list[str]) -> int:
     except OSError as error:  # a full disk, say
         print(f"error: {error}; --resume DIR goes on from the last finished epoch", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted: --resume DIR goes on from the last finished epoch", file=sys.stderr)
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted: {interrupt}".rstrip(": "), file=sys.stderr)
         return 130
     return 0
 

@@ -135,7 +135,7 @@ def test_interrupted_and_resumed_is_as_if_nothing_had_been(finished, tmp_path, m
     with monkeypatch.context() as patch:
         patch.setattr(train.report, "write_history", interrupt)
         assert train.main([*SMALL, "--out", str(folder)]) == 130
-    assert "--resume" in capsys.readouterr().err
+    assert f"interrupted: --resume {folder}" in capsys.readouterr().err
     assert len(lines(folder)) == 1
     assert not list(folder.glob("*.tmp"))
     assert train.main(["--resume", str(folder)]) == 0
