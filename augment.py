@@ -23,8 +23,10 @@ class Policy:
     rotate: float = 15.0  # largest angle, degrees
     affine_p: float = 0.5
     border: str = "reflect101"  # what lies outside the image: its mirror image, or the fill
-    cutout: int = 16  # side of the hole, pixels
+    cutout: int = 16  # largest side of the hole, pixels
+    cutout_min: int | None = None  # smallest side, width and height drawn apart; None: the largest
     cutout_p: float = 0.5
+    fill: float | None = None  # level of the hole and a constant border; None: the images' mean
     rgb_shift: tuple[float, float, float] = (0.0, 0.0, 0.0)  # largest shift a channel, levels
     rgb_shift_p: float = 0.0
     brightness: float = 0.0  # largest change, as a fraction of 255
@@ -60,8 +62,10 @@ def sample(policy: Policy, count: int, size: int, device: torch.device) -> Param
     def drawn(p: float) -> Tensor:
         return torch.rand(count, device=device) < p
 
-    corner = torch.randint(size - policy.cutout + 1, (count, 2), device=device)
-    hole = torch.cat([corner, corner + policy.cutout], dim=1)
+    smallest = policy.cutout if policy.cutout_min is None else policy.cutout_min
+    sides = torch.randint(smallest, policy.cutout + 1, (count, 2), device=device)
+    corner = torch.randint(2**31, (count, 2), device=device) % (size - sides + 1)
+    hole = torch.cat([corner, corner + sides], dim=1)
     limits = torch.stack([torch.full((count,), v, device=device) for v in policy.rgb_shift], dim=1)
     colour = drawn(policy.brightness_contrast_p)
     return Params(

@@ -1,11 +1,13 @@
 """Checkpoints and nets: saved whole or not at all, loaded without running any code in them."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+import data
 from common import UserError, written_whole
 from model import build
 
@@ -47,3 +49,24 @@ def load_net(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{path} holds no net that fits this atrous: {reason}") from error
     return net.eval(), content
+
+
+def load_flags(run: Path) -> dict[str, Any]:
+    """The flags of the run in a folder. Raises UserError where there is none, or a damaged one."""
+    path = run / "config.json"
+    try:
+        return dict(json.loads(path.read_text())["flags"])
+    except FileNotFoundError as error:
+        raise UserError(f"no run in {run}: {path} is missing") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {error}") from error
+
+
+def load_data(run: Path, device: torch.device) -> data.Dataset:
+    """The data set of the run in a folder. Raises UserError as `load_flags` and `data.load` do."""
+    flags = load_flags(run)
+    try:
+        source, folder = flags["data"], Path(flags["data_dir"])
+        return data.load(source, folder, device, flags["train_images"], flags["holdout"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{run / 'config.json'} is damaged: {error}") from error

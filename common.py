@@ -1,14 +1,34 @@
 """What every room needs: a user's mistake, and files written whole or not at all."""
 
+import argparse
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NoReturn
 
 
 class UserError(Exception):
     """A mistake of the user's: one line that names the flag or file and the way out."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message)
+
+
+def exit_status(job: Callable[[], None]) -> int:
+    """Of a command: 0, or 2 for a user's mistake or a full disk, 130 for Ctrl-C: one line each."""
+    try:
+        job()
+    except (UserError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as interrupt:
+        print(f"interrupted: {interrupt}".rstrip(": "), file=sys.stderr)
+        return 130
+    return 0
 
 
 @contextmanager

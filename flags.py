@@ -1,23 +1,20 @@
 """Every knob of a run, with its default and its bounds."""
 
 import argparse
-import json
 import math
+import textwrap
 from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
+import checkpoint
 import data
 import model
 import step
+import zoo
 from augment import BORDERS, Policy
-from common import UserError
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+from common import Parser, UserError
 
 
 def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Any:
@@ -50,10 +47,11 @@ def make_parser() -> Parser:
     flag("--holdout", type=number(int, 0), default=0, help="test on so many training images")
 
     flag = parser.add_argument_group("net").add_argument
-    flag("--net", default="atrous", choices=model.NETS, help="a net of model.py")
+    flag("--net", default="atrous", choices=model.NETS)
     flag("--dropout", type=number(float, 0, 0.99), default=0.0)
 
     flag = parser.add_argument_group("training").add_argument
+    flag("--recipe", choices=zoo.RECIPES, help="a published net's; flags given beside it win")
     flag("--epochs", type=count, default=40)
     flag("--batch-size", type=count, default=256)
     flag("--lr", type=number(float, 0, above=True), default=0.4, help="the largest rate")
@@ -73,9 +71,16 @@ def make_parser() -> Parser:
     flag("--rotate", type=number(float, 0, 180), default=policy.rotate, help="limit, degrees")
     flag("--affine-p", type=share, default=policy.affine_p)
     flag("--border", choices=BORDERS, default=policy.border)
-    flag("--cutout", type=number(int, 0, data.SIZE), default=policy.cutout, help="side, pixels")
+    flag(
+        "--cutout",
+        type=number(int, 0, data.SIZE),
+        default=policy.cutout,
+        help="largest side, pixels",
+    )
+    flag("--cutout-min", type=number(int, 1), help="smallest side (default: the largest)")
     flag("--cutout-p", type=share, default=policy.cutout_p)
     level = number(float, 0, 255)
+    flag("--fill", type=level, help="of hole and constant border (default: the images' mean)")
     flag("--rgb-shift", type=level, nargs=3, default=list(policy.rgb_shift), help="limits, levels")
     flag("--rgb-shift-p", type=share, default=policy.rgb_shift_p)
     flag("--brightness", type=share, default=policy.brightness, help="limit, fraction of 255")
@@ -100,14 +105,13 @@ def parse_flags(argv: list[str]) -> Namespace:
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.resume is None:
+        if args.recipe is not None:
+            parser.set_defaults(**zoo.RECIPES[args.recipe].flags)
+            args = parser.parse_args(argv)
+        if args.cutout_min is not None and args.cutout_min > args.cutout:
+            raise UserError(f"--cutout-min {args.cutout_min}: larger than --cutout {args.cutout}")
         return args
-    path = Path(args.resume) / "config.json"
-    try:
-        flags = json.loads(path.read_text())["flags"]
-    except FileNotFoundError as error:
-        raise UserError(f"--resume {args.resume}: no run there, {path} is missing") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--resume {args.resume}: {path} is damaged: {error}") from error
+    flags = checkpoint.load_flags(Path(args.resume))
     parser.set_defaults(**flags)
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
@@ -120,3 +124,37 @@ def parse_flags(argv: list[str]) -> Namespace:
 def policy_of(args: Namespace) -> Policy:
     values = {f.name: getattr(args, f.name) for f in fields(Policy)}
     return Policy(**values | {"rgb_shift": tuple(args.rgb_shift)})
+
+
+OF_A_RECIPE = "batch_size lr schedule momentum weight_decay dropout flip_p shift scale rotate"
+OF_A_RECIPE += " affine_p cutout cutout_p fill"
+
+
+def describe_recipe(args: Namespace) -> str:
+    """What --recipe set, what flags beside it changed, and what of it was never published."""
+    recipe, values = zoo.RECIPES[args.recipe], vars(args)
+    published = recipe.flags
+    kept = [name for name in published if values[name] == published[name]]
+    changed = [name for name in published if name not in kept]
+    rest = [name for name in OF_A_RECIPE.split() if name not in published]
+
+    def spelled(names: list[str]) -> str:
+        pairs = ((name, values[name]) for name in names)
+        return ", ".join(
+            f"{name.replace('_', ' ')} {'mean' if value is None else value}"
+            for name, value in pairs
+        )
+
+    sentences = (
+        f"published: {spelled(kept) or 'nothing'}",
+        changed and f"changed here: {spelled(changed)}",
+        f"not published: {spelled(rest)}",
+        recipe.note,
+    )
+    indent = " " * 11
+    lines = (
+        textwrap.fill(s, 100, initial_indent=indent, subsequent_indent=indent + "  ")
+        for s in sentences
+        if s
+    )
+    return "\n".join([f"recipe     {args.recipe}", *lines])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-import rf
+import graph
 from common import UserError
 
 
@@ -24,7 +24,7 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def choose_precision(name: str, device: torch.device, layers: list[rf.Layer]) -> str:
+def choose_precision(name: str, device: torch.device, layers: list[graph.Layer]) -> str:
     """bf16 on a GPU that has it, else fp16. On a CPU, where bf16 speeds up dense convolutions and
     slows down depthwise ones: bf16 if at least half of the multiply-adds are dense, else fp32. On
     MPS fp32."""

@@ -2,7 +2,10 @@
 
 from torch import Tensor, nn
 
+import zoo
 from common import UserError
+
+NETS = ("atrous", *zoo.TABLES)
 
 
 def build(name: str, num_classes: int, dropout: float = 0.0) -> nn.Module:
@@ -10,9 +13,11 @@ def build(name: str, num_classes: int, dropout: float = 0.0) -> nn.Module:
 
     Raises UserError for an unknown name.
     """
-    if name not in NETS:
-        raise UserError(f"--net {name}: unknown; there is {', '.join(NETS)}")
-    return NETS[name](num_classes, dropout)
+    if name == "atrous":
+        return atrous(num_classes, dropout)
+    if name in zoo.TABLES:
+        return zoo.build(name, num_classes, dropout)
+    raise UserError(f"--net {name}: unknown; there is {', '.join(NETS)}")
 
 
 def conv(inputs: int, outputs: int, kernel: int = 3, **options: int) -> nn.Sequential:
@@ -65,6 +70,3 @@ def atrous(num_classes: int, dropout: float = 0.0) -> nn.Sequential:
         nn.Dropout(dropout),
         nn.Linear(96, num_classes),
     )
-
-
-NETS = {"atrous": atrous}

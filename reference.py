@@ -45,7 +45,8 @@ def compose(policy: Policy, fill: tuple[float, ...]) -> A.Compose:
         ),
     ]
     if policy.cutout:
-        side = (policy.cutout, policy.cutout)
+        smallest = policy.cutout if policy.cutout_min is None else policy.cutout_min
+        side = (smallest, policy.cutout)
         transforms.append(A.CoarseDropout((1, 1), side, side, fill=fill, p=policy.cutout_p))
     return A.Compose(transforms)
 
@@ -76,8 +77,8 @@ def loader(
     pin_memory: bool = False,
 ) -> DataLoader:
     """Shuffled batches: images uint8 (batch_size, 3, H, W), labels (batch_size,), on the host."""
-    fill = tuple(mean.round().tolist())
-    transforms = compose(policy, fill)
+    fill = mean if policy.fill is None else torch.full_like(mean, policy.fill)
+    transforms = compose(policy, tuple(fill.round().tolist()))
     reseed(transforms)
     return DataLoader(
         AugmentedImages(images.cpu(), labels.cpu(), transforms),

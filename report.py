@@ -91,6 +91,18 @@ def draw_examples(path: Path, dataset: data.Dataset, examples: tuple[Tensor, Ten
     )
 
 
+def announce(facts: dict[str, Any], dataset: data.Dataset, folder: Path) -> None:
+    """Print what a run is about to do."""
+    print(
+        f"device     {facts['device']}, {facts['precision']}\n"
+        f"data       {dataset.name}: {len(dataset.train_images):,} training images, "
+        f"{len(dataset.test_images):,} to test on ({facts['tested_on']})\n"
+        f"net        {facts['net']}: {facts['parameters']:,} parameters, receptive field "
+        f"{facts['receptive_field']}, {facts['multiply_adds'] / 1e6:.1f} M multiply-adds\n"
+        f"run        {folder}"
+    )
+
+
 def show(summary: dict[str, Any]) -> None:
     """Print a run's summary."""
     print(

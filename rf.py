@@ -1,162 +1,164 @@
-"""Receptive field of a net, from its traced graph."""
+"""Receptive field of any module: theoretical, from its traced graph; effective, from gradients.
 
-import copy
-import operator
-from dataclasses import dataclass
+python rf.py [--net NAME] [--json]
+python rf.py --effective RUN
+"""
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
 
 import torch
-import torch.nn.functional as F
-from torch import fx, nn
-from torch.fx.passes.shape_prop import ShapeProp
+from torch import Tensor, nn
 
-from common import UserError
-
-POINTWISE_MODULES = (nn.BatchNorm2d, nn.ReLU, nn.Dropout, nn.Dropout2d, nn.Identity)
-POINTWISE_FUNCTIONS = (torch.relu, F.relu, F.dropout)
-UNIONS = (operator.add, operator.iadd, torch.add, operator.mul, operator.imul, torch.mul)
-WINDOWS = (nn.Conv2d, nn.AvgPool2d, nn.MaxPool2d)
+from common import Parser, exit_status, written_whole
+from graph import trace
 
 
-@dataclass(frozen=True)
-class Field:
-    """Along one axis, output i depends on the inputs i·jump + low to i·jump + high."""
+def receptive_field(module: nn.Module, input_shape: tuple[int, int, int] = (3, 32, 32)) -> int:
+    """Side in pixels of the theoretical receptive field, the longer one where the axes differ, of
+    the input of the global pooling.
 
-    jump: int = 1
-    low: int = 0
-    high: int = 0
-
-    @property
-    def size(self) -> int:
-        return self.high - self.low + 1
-
-    def through(self, kernel: int, stride: int, dilation: int, padding: int) -> "Field":
-        """The field after a window of `kernel` taps (Araujo et al. 2019, "Computing Receptive
-        Fields of Convolutional Neural Networks")."""
-        low, high = -padding, dilation * (kernel - 1) - padding
-        return Field(self.jump * stride, self.low + self.jump * low, self.high + self.jump * high)
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A convolution, pooling or linear layer: two values where the axes can differ, (y, x)."""
-
-    name: str
-    kind: str
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    dilation: tuple[int, int]
-    groups: int
-    output: tuple[int, ...]  # channels, height, width
-    jump: tuple[int, int]
-    receptive_field: tuple[int, int]
-    parameters: int
-    multiply_adds: int  # per image
-
-
-@dataclass(frozen=True)
-class Trace:
-    """What a net is made of; `receptive_field` (y, x) is that of the global pooling's input, or of
-    the last map where nothing is pooled."""
-
-    layers: list[Layer]
-    receptive_field: tuple[int, int]
-
-    @property
-    def multiply_adds(self) -> int:
-        return sum(layer.multiply_adds for layer in self.layers)
-
-
-def receptive_field(module: nn.Module) -> int:
-    """Side of the receptive field in pixels, the longer one where the axes differ.
-
-    Raises UserError that names the node where the graph holds an operator this cannot account for.
+    For a net that pools inside, as squeeze-and-excitation does, it grows with `input_shape`. Raises
+    UserError that names the node where the graph holds an operator this cannot account for.
     """
-    return max(trace(module).receptive_field)
+    return max(trace(module, input_shape).receptive_field)
 
 
-def trace(module: nn.Module, input_shape: tuple[int, int, int] = (3, 32, 32)) -> Trace:
-    """Layers and receptive field of `module` for images of `input_shape`; errors as above."""
-    module = copy.deepcopy(module).cpu().eval()
-    if not list(module.children()):
-        module = nn.Sequential(module)  # tracing looks into the root, even into a lone Conv2d
-    graph = fx.symbolic_trace(module)
+def effective_receptive_field(features: nn.Module, inputs: Tensor) -> Tensor:
+    """Mean absolute gradient (H, W) of the central unit of `features`, summed over its channels, by
+    the pixels of inputs float32 (N, 3, H, W) (Luo et al. 2016, "Understanding the Effective
+    Receptive Field in Deep Convolutional Neural Networks")."""
+    heat = torch.zeros(inputs.shape[2:])
+    for batch in inputs.split(100):
+        batch = batch.clone().requires_grad_()
+        maps = features(batch)
+        centre = maps[:, :, maps.shape[2] // 2, maps.shape[3] // 2].sum()
+        heat += torch.autograd.grad(centre, batch)[0].abs().sum((0, 1))
+    return heat / len(inputs)
+
+
+# The command line
+
+
+def show_layers(name: str, as_json: bool) -> None:
+    import model
+
+    net = model.build(name, 10)
+    traced = trace(net)
+    parameters = sum(p.numel() for p in net.parameters())
+    side = max(traced.receptive_field)
+    if as_json:
+        totals = {"parameters": parameters, "multiply_adds": traced.multiply_adds}
+        layers = [asdict(layer) for layer in traced.layers]
+        print(json.dumps({"net": name, **totals, "receptive_field": side, "layers": layers}))
+        return
+    width = max(len(layer.name) for layer in traced.layers)
+    print(
+        f"{'layer':<{width}} {'kind':<17} {'kernel':>6} {'stride':>6} {'dilation':>8} "
+        f"{'groups':>6} {'output':>10} {'jump':>4} {'field':>5} {'parameters':>10} "
+        f"{'multiply-adds':>13}"
+    )
+    for layer in traced.layers:
+        print(
+            f"{layer.name:<{width}} {layer.kind:<17} {_sides(layer.kernel):>6} "
+            f"{_sides(layer.stride):>6} {_sides(layer.dilation):>8} {layer.groups:6d} "
+            f"{'×'.join(map(str, layer.output)):>10} {_sides(layer.jump):>4} "
+            f"{_sides(layer.receptive_field):>5} {layer.parameters:10,d} {layer.multiply_adds:13,d}"
+        )
+    print(
+        f"\n{name}: {parameters:,} parameters, {traced.multiply_adds:,} multiply-adds an image, "
+        f"receptive field {side} before the global pooling"
+    )
+
+
+def _sides(pair: tuple[int, int] | None) -> str:
+    if pair is None:
+        return "all"
+    return str(pair[0]) if pair[0] == pair[1] else f"{pair[0]}×{pair[1]}"
+
+
+def show_effective(run: Path) -> None:
+    """Measure a run's net on 1,000 of its test images, mirrored at their borders as far as the
+    theoretical field reaches, and draw it as RUN/effective_rf.png."""
+    import checkpoint
+    import data
+
+    net, content = checkpoint.load_net(run / "model.pt")
+    dataset = checkpoint.load_data(run, torch.device("cpu"))
+    images = dataset.test_images[:: max(1, len(dataset.test_images) // 1000)]  # of every class
+    traced = trace(net)
+    jump = max(field.jump for field in traced.fields)
+    low, high = zip(*(f.extent(data.SIZE // f.jump // 2) for f in traced.fields), strict=True)
+    margin = max(-min(low), max(high) - data.SIZE + 1, 0)
+    margin = (margin // jump + 1) * jump
+    line = torch.arange(-margin, data.SIZE + margin).abs() % (2 * data.SIZE - 2)
+    line = torch.minimum(line, 2 * data.SIZE - 2 - line)
+    inputs = data.normalize(images, dataset.mean, dataset.std)[:, :, line.unsqueeze(1), line]
+    heat = effective_receptive_field(traced.features, inputs)
+    within = slice(margin, margin + data.SIZE)
+    share = (heat[within, within].sum() / heat.sum()).item()
+    side = (heat > (1 - 0.9545) * heat.max()).sum().sqrt().item()  # Luo et al.'s two deviations
     with torch.no_grad():
-        ShapeProp(graph).propagate(torch.zeros(1, *input_shape))
-    modules = dict(graph.named_modules())
-    fields: dict[fx.Node, tuple[Field, Field] | None] = {}  # None: no map any more
-    layers, last = [], (Field(), Field())
-    pooled = False
-    for node in graph.graph.nodes:
-        if node.op == "output":
-            continue
-        target = modules[node.target] if node.op == "call_module" else node.target
-        if node.op == "placeholder":
-            fields[node] = (Field(), Field())
-        elif _pools_globally(node, target):
-            fields[node], pooled = None, True
+        centre = [size // 2 for size in traced.features(inputs[:1]).shape[2:]]
+    square = [f.extent(index) for f, index in zip(traced.fields, centre, strict=True)]
+    title = f"{content['net']} on {dataset.name}: gradient of a central unit before the pooling"
+    _draw_heat(run / "effective_rf.png", heat, margin, square, title)
+    print(
+        f"{content['net']} on {len(images):,} test images of {dataset.name}\n"
+        f"theoretical receptive field  {max(traced.receptive_field)} pixels\n"
+        f"effective receptive field    {side:.1f} pixels: root of the area where the gradient is "
+        f"over 4.55 % of its largest\n"
+        f"gradient mass inside 32×32   {share:.1%}\n"
+        f"picture                      {run / 'effective_rf.png'}"
+    )
+
+
+def _draw_heat(
+    path: Path, heat: Tensor, margin: int, square: list[tuple[int, int]], title: str
+) -> None:
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
+
+    figure = Figure(figsize=(6.4, 5.4), layout="constrained")
+    axes = figure.subplots()
+    low, high = -margin - 0.5, len(heat) - margin - 0.5
+    picture = axes.imshow(heat / heat.max(), cmap="viridis", extent=(low, high, high, low))
+    (top, bottom), (left, right) = ((a - margin, b - margin) for a, b in square)
+    for x, y, width, height, colour, label in (
+        (left, top, right - left + 1, bottom - top + 1, "#D55E00", "theoretical field"),
+        (0, 0, len(heat) - 2 * margin, len(heat) - 2 * margin, "white", "the image itself"),
+    ):
+        corner = x - 0.5, y - 0.5
+        axes.add_patch(
+            Rectangle(corner, width, height, fill=False, color=colour, linewidth=1.5, label=label)
+        )
+    axes.set_xlabel("x, pixels of the image")
+    axes.set_ylabel("y, pixels of the image")
+    axes.set_title(title, fontsize=9)
+    axes.legend(loc="upper right", fontsize=8, facecolor="#333333", labelcolor="white")
+    figure.colorbar(picture, label="mean |gradient|, of the largest")
+    with written_whole(path) as file:
+        figure.savefig(file, format="png", dpi=120)
+
+
+def main(argv: list[str]) -> int:
+    """The exit status: 0, or 2 for a user's mistake."""
+
+    def job() -> None:
+        parser = Parser(prog="rf.py", description="Receptive field of a net, layer by layer.")
+        parser.add_argument("--net", default="atrous", help="a net of model.py or zoo.py")
+        parser.add_argument("--json", action="store_true", help="the same as JSON, nothing else")
+        parser.add_argument("--effective", metavar="RUN", type=Path, help="measure a trained net's")
+        args = parser.parse_args(argv)
+        if args.effective:
+            show_effective(args.effective)
         else:
-            fields[node] = _field_after(node, target, fields)
-        if not pooled and fields[node] is not None:
-            last = fields[node]
-        if isinstance(target, (*WINDOWS, nn.Linear)):
-            layers.append(_layer(node, target, last))
-    return Trace(layers, (last[0].size, last[1].size))
+            show_layers(args.net, args.json)
+
+    return exit_status(job)
 
 
-def _field_after(node: fx.Node, target: object, fields: dict) -> tuple[Field, Field] | None:
-    inputs = [fields[n] for n in node.all_input_nodes]
-    if all(field is None for field in inputs):
-        return None
-    maps = [field for field in inputs if field is not None]
-    if isinstance(target, WINDOWS) and not getattr(target, "ceil_mode", False):
-        kernel, stride, dilation, padding = (
-            _pair(getattr(target, key, 1))
-            for key in ("kernel_size", "stride", "dilation", "padding")
-        )
-        return tuple(
-            maps[0][axis].through(kernel[axis], stride[axis], dilation[axis], padding[axis])
-            for axis in (0, 1)
-        )
-    if isinstance(target, POINTWISE_MODULES) or target in POINTWISE_FUNCTIONS:
-        return maps[0]
-    if target in UNIONS and len({(y.jump, x.jump) for y, x in maps}) == 1:
-        return tuple(
-            Field(axis[0].jump, min(f.low for f in axis), max(f.high for f in axis))
-            for axis in zip(*maps, strict=True)
-        )
-    raise UserError(f"receptive field: node {node.name} ({node.op} {target}) is not accounted for")
-
-
-def _pools_globally(node: fx.Node, target: object) -> bool:
-    before = [n.meta["tensor_meta"].shape for n in node.all_input_nodes]
-    after = node.meta["tensor_meta"].shape
-    averages = isinstance(target, nn.AvgPool2d | nn.AdaptiveAvgPool2d) or target in (
-        "mean",
-        torch.mean,
-    )
-    return (
-        averages and len(before[0]) == 4 and before[0][2:] != (1, 1) and after[2:] in ((), (1, 1))
-    )
-
-
-def _layer(node: fx.Node, target: nn.Module, field: tuple[Field, Field]) -> Layer:
-    output = tuple(node.meta["tensor_meta"].shape[1:])
-    weights = getattr(target, "weight", None)
-    positions = output[1] * output[2] if len(output) == 3 else 1
-    return Layer(
-        name=str(node.target),
-        kind=type(target).__name__,
-        kernel=_pair(getattr(target, "kernel_size", 1)),
-        stride=_pair(getattr(target, "stride", 1)),
-        dilation=_pair(getattr(target, "dilation", 1)),
-        groups=getattr(target, "groups", 1),
-        output=output,
-        jump=(field[0].jump, field[1].jump),
-        receptive_field=(field[0].size, field[1].size),
-        parameters=sum(p.numel() for p in target.parameters()),
-        multiply_adds=0 if weights is None else weights.numel() * positions,
-    )
-
-
-def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
-    return (value, value) if isinstance(value, int) else tuple(value)
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

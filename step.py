@@ -16,7 +16,8 @@ def augmented(images: Tensor, policy: Policy, mean: Tensor, std: Tensor) -> Tens
     params = sample(policy, len(images), images.shape[-1], images.device)
     if policy.rgb_shift_p or policy.brightness_contrast_p:
         images = jitter_colours(images, params)
-    return apply(normalize(images, mean, std), params, 0.0, policy.border)
+    fill = 0.0 if policy.fill is None else ((policy.fill - mean) / std).view(-1, 1, 1)
+    return apply(normalize(images, mean, std), params, fill, policy.border)
 
 
 def forward(net: nn.Module, inputs: Tensor, precision: str) -> Tensor:

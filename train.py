@@ -25,12 +25,12 @@ from tqdm import tqdm
 
 import checkpoint
 import data
+import graph
 import model
 import report
-import rf
 import step
-from common import UserError
-from flags import parse_flags, policy_of
+from common import UserError, exit_status
+from flags import describe_recipe, parse_flags, policy_of
 from machine import choose_device, choose_precision, device_name, versions
 
 HEADER = (
@@ -212,7 +212,7 @@ def run(args: Namespace, argv: list[str], dataset: data.Dataset, start: float) -
     device = dataset.train_images.device
     torch.manual_seed(args.seed)
     net = model.build(args.net, len(dataset.classes), args.dropout)
-    trace = rf.trace(net)
+    trace = graph.trace(net)
     args.precision = choose_precision(args.precision, device, trace.layers)
     steps = len(dataset.train_images) // args.batch_size
     training = make_training(net, args, device, steps)
@@ -220,6 +220,7 @@ def run(args: Namespace, argv: list[str], dataset: data.Dataset, start: float) -
         "data": dataset.name,
         "tested_on": f"{args.holdout:,} held-out training images" if args.holdout else "test split",
         "net": args.net,
+        "recipe": args.recipe,
         "parameters": sum(p.numel() for p in net.parameters()),
         "receptive_field": max(trace.receptive_field),
         "multiply_adds": trace.multiply_adds,
@@ -238,15 +239,10 @@ def run(args: Namespace, argv: list[str], dataset: data.Dataset, start: float) -
             report.write_json(folder / "config.json", {"flags": vars(args), **facts})
         except OSError as error:
             raise UserError(f"--out {folder} cannot be written: {error}") from error
-    print(
-        f"device     {facts['device']}, {args.precision}\n"
-        f"data       {dataset.name}: {len(dataset.train_images):,} training images, "
-        f"{len(dataset.test_images):,} to test on ({facts['tested_on']})\n"
-        f"net        {args.net}: {facts['parameters']:,} parameters, receptive field "
-        f"{facts['receptive_field']}, {facts['multiply_adds'] / 1e6:.1f} M multiply-adds\n"
-        f"run        {folder}\n\n{HEADER}",
-        flush=True,
-    )
+    report.announce(facts, dataset, folder)
+    if args.recipe is not None:
+        print(describe_recipe(args))
+    print(f"\n{HEADER}", flush=True)
     done = len(training.history)
     total = {"total": args.epochs * steps, "initial": done * steps}
     try:
@@ -332,18 +328,7 @@ def run_all(args: Namespace, argv: list[str]) -> None:
 
 def main(argv: list[str]) -> int:
     """The exit status: 0, 2 for a user's mistake (one line on stderr), 130 for Ctrl-C."""
-    try:
-        run_all(parse_flags(argv), argv)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:  # a full disk, say
-        print(f"error: {error}; --resume DIR goes on from the last finished epoch", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as interrupt:
-        print(f"interrupted: {interrupt}".rstrip(": "), file=sys.stderr)
-        return 130
-    return 0
+    return exit_status(lambda: run_all(parse_flags(argv), argv))
 
 
 if __name__ == "__main__":

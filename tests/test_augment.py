@@ -272,6 +272,28 @@ def test_holes_lie_anywhere_inside(draws):
         assert stats.chisquare(counts.numpy()).pvalue > ALPHA
 
 
+def test_holes_of_any_size_are_drawn_as_albumentations_does():
+    policy = Policy(cutout=12, cutout_min=1, cutout_p=1)
+    torch.manual_seed(8)
+    ours = sample(policy, DRAWS, 32, CPU).hole
+    dropout = reference.compose(policy, (0.0, 0.0, 0.0)).transforms[2]
+    dropout.set_random_seed(8)
+    shape = {"shape": (32, 32, 3)}
+    theirs = [dropout.get_params_dependent_on_data(shape, {})["holes"][0] for _ in range(DRAWS)]
+    theirs = torch.from_numpy(np.stack(theirs)).long()
+    assert ours.min() >= 0
+    assert ours.max() == 32
+    for axis in (0, 1):
+        sides = [h[:, axis + 2] - h[:, axis] for h in (ours, theirs)]
+        counts = [s.bincount(minlength=13)[1:].numpy() for s in sides]
+        assert stats.chisquare(counts[0]).pvalue > ALPHA
+        assert stats.chi2_contingency(counts).pvalue > ALPHA
+        counts = [h[:, axis].bincount(minlength=32).numpy() for h in (ours, theirs)]
+        assert stats.chi2_contingency(counts).pvalue > ALPHA
+    width, height = (ours[:, 2:] - ours[:, :2]).T.numpy()
+    assert abs(np.corrcoef(width, height)[0, 1]) < 0.03
+
+
 def test_colour_parameters():
     torch.manual_seed(6)
     colour = {"rgb_shift": (10, 5, 0), "brightness": 0.2, "contrast": 0.3}

@@ -12,8 +12,8 @@ from test_data import files, write_tar
 
 import checkpoint
 import flags
+import graph
 import machine
-import rf
 import step
 import train
 from common import UserError
@@ -151,6 +151,21 @@ def test_a_resumed_run_keeps_its_flags(finished, capsys):
     assert capsys.readouterr().err == f"error: --lr 0.2: the run in {finished[0]} has 0.1\n"
 
 
+def test_a_recipe_is_recorded_and_resumed(tmp_path, capsys):
+    folder = tmp_path / "run"
+    arguments = [*SMALL, "--net", "net136k", "--recipe", "net136k", "--epochs", "1"]
+    assert train.main([*arguments, "--out", str(folder)]) == 0
+    assert "not published: batch size 40" in capsys.readouterr().out
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["recipe"], config["flags"]["recipe"]) == ("net136k", "net136k")
+    assert config["flags"]["dropout"] == 0.1
+    before = lines(folder)
+    assert train.main(["--resume", str(folder)]) == 0
+    assert lines(folder) == before
+    assert train.main(["--resume", str(folder), "--dropout", "0"]) == 2
+    assert "--dropout 0.0: the run in" in capsys.readouterr().err
+
+
 def test_a_resumed_run_keeps_its_data(finished, tmp_path, capsys):
     path = write_tar(tmp_path / "pets.tar", files(train=120))
     assert train.main(["--resume", str(finished[0]), "--data", str(path)]) == 2
@@ -228,7 +243,7 @@ def test_weight_decay_spares_what_has_one_dimension():
 def test_precision_on_a_cpu_follows_the_layers():
     cpu = torch.device("cpu")
     dense, depthwise = torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(3, 90, 9, groups=3)
-    layers = [rf.trace(module).layers for module in (dense, depthwise)]
+    layers = [graph.trace(module).layers for module in (dense, depthwise)]
     chosen = [machine.choose_precision("auto", cpu, each) for each in layers]
     assert chosen == ["bf16", "fp32"]
     assert machine.choose_precision("fp16", cpu, layers[0]) == "fp16"
@@ -255,6 +270,9 @@ BAD_FLAGS = [
     (["--seed", "-1"], "--seed"),
     (["--flip-p", "1.5"], "--flip-p"),
     (["--cutout", "33"], "--cutout"),
+    (["--cutout-min", "17"], "--cutout-min 17"),
+    (["--fill", "256"], "--fill"),
+    (["--recipe", "resnet"], "--recipe"),
     (["--rotate", "-3"], "--rotate"),
     (["--border", "wrap"], "--border"),
     (["--dropout", "1"], "--dropout"),

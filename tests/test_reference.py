@@ -75,3 +75,10 @@ def test_flip_and_hole_are_independent():
     assert abs(np.corrcoef(holes, flips)[0, 1]) < 0.2
     assert 0.4 < holes.mean() < 0.6
     assert 0.4 < flips.mean() < 0.6
+
+
+def test_the_fill_is_the_grey_asked_for():
+    images = torch.full((25, 3, 32, 32), 7, dtype=torch.uint8)
+    policy = Policy(flip_p=0, affine_p=0, cutout_p=1, fill=120.7)
+    result, _ = next(iter(loader(images, torch.arange(25), 0, policy)))
+    assert set(result.unique().tolist()) == {7, 121}

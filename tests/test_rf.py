@@ -1,89 +1,82 @@
+import json
+import shutil
+
 import pytest
 import torch
 from torch import nn
 
-from common import UserError
+import checkpoint
+import rf
 from model import build
-from rf import receptive_field, trace
+
+CONFIG = {"flags": {"data": "synthetic", "data_dir": "data", "train_images": 100, "holdout": 0}}
 
 
-def measured(net, size):
-    """Side of the receptive field, from the gradient of one central output with positive weights.
-
-    Norms and ReLUs become the identity, so that no path can cancel or be cut off.
-    """
-    for module in list(net.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.BatchNorm2d | nn.ReLU | nn.Dropout):
-                setattr(module, name, nn.Identity())
-    for parameter in net.parameters():
-        nn.init.ones_(parameter)
-    net.double()
-    image = torch.ones(1, 3, size, size, dtype=torch.float64, requires_grad=True)
-    output = net(image)
-    output[0, 0, output.shape[2] // 2, output.shape[3] // 2].backward()
-    rows, columns = image.grad.abs().sum((0, 1)).nonzero().unbind(1)
-    return int(rows.max() - rows.min() + 1), int(columns.max() - columns.min() + 1)
+def test_json(capsys):
+    assert rf.main(["--net", "net176k", "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert list(printed) == ["net", "parameters", "multiply_adds", "receptive_field", "layers"]
+    assert (printed["net"], printed["parameters"]) == ("net176k", 176_234)
+    assert printed["receptive_field"] == 43
+    assert printed["multiply_adds"] == sum(row["multiply_adds"] for row in printed["layers"])
+    first, last = printed["layers"][0], printed["layers"][-1]
+    assert (first["kernel"], first["jump"], first["receptive_field"]) == ([3, 3], [1, 1], [3, 3])
+    assert (last["kind"], last["output"], last["receptive_field"]) == ("Linear", [10], None)
 
 
-STACKS = {
-    "one": (nn.Conv2d(3, 4, 3, padding=1), 3),
-    "strided": (nn.Sequential(nn.Conv2d(3, 4, 3, 2), nn.ReLU(), nn.Conv2d(4, 4, 3, 2)), 7),
-    "dilated stride": (
-        nn.Sequential(nn.Conv2d(3, 4, 3, 2, 2, 2), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 3, 1, 2, 2)),
-        13,
-    ),
-    "even kernel": (nn.Sequential(nn.Conv2d(3, 4, 2, 2, 1), nn.Conv2d(4, 4, 4, 1, 1)), 8),
-    "pooled": (nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(3, 4, 3, padding=1)), 6),
-}
+def test_table(capsys):
+    assert rf.main([]) == 0
+    *rows, _, totals = capsys.readouterr().out.splitlines()
+    assert len({len(row) for row in rows}) == 1  # aligned
+    assert "receptive field" in totals
+    assert f"{sum(p.numel() for p in build('atrous', 10).parameters()):,} parameters" in totals
 
 
-@pytest.mark.parametrize(("net", "expected"), STACKS.values(), ids=STACKS)
-def test_plain_stacks(net, expected):
-    assert receptive_field(net) == expected
-    assert measured(net, 64) == (expected, expected)
+def test_effective_field_of_one_convolution():
+    net = nn.Conv2d(3, 2, 5, padding=2, bias=False)
+    heat = rf.effective_receptive_field(net, torch.randn(4, 3, 21, 21))
+    expected = torch.zeros(21, 21)
+    expected[8:13, 8:13] = net.weight.sum(0).abs().sum(0)
+    torch.testing.assert_close(heat, expected)
 
 
-def test_the_default_net_by_gradient():
-    net = build("atrous", 10)
-    expected = receptive_field(net)
-    maps = nn.Sequential(*list(net.children())[:-4])  # up to the pooling
-    assert measured(maps, 4 * expected) == (expected, expected)
+def test_effective_field_is_the_mean_over_images():
+    net = nn.ReLU()
+    inputs = torch.ones(4, 1, 3, 3)
+    inputs[0] = -1
+    assert rf.effective_receptive_field(net, inputs)[1, 1] == 0.75
 
 
-def test_axes_that_differ():
-    net = nn.Sequential(nn.Conv2d(3, 4, (3, 5), padding=(1, 2)), nn.Conv2d(4, 4, (1, 3)))
-    assert trace(net).receptive_field == (3, 7)
-    assert receptive_field(net) == 7
-    assert measured(net, 32) == (3, 7)
+@pytest.fixture
+def run(tmp_path):
+    """A run's folder with an untrained net in it."""
+    net = build("net136k", 10)
+    content = {"net": "net136k", "num_classes": 10, "state_dict": net.state_dict()}
+    checkpoint.save(tmp_path / "model.pt", content)
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    return tmp_path
 
 
-def test_layers_of_the_default_net():
-    net = build("atrous", 10)
-    layers = trace(net).layers
-    convs = {name: m for name, m in net.named_modules() if isinstance(m, nn.Conv2d | nn.Linear)}
-    rows = {layer.name: layer for layer in layers}
-    assert set(convs) <= set(rows)
-    for name, module in convs.items():
-        assert rows[name].parameters == sum(p.numel() for p in module.parameters())
-    first, last = layers[0], layers[-1]
-    assert (first.output, first.multiply_adds) == ((32, 32, 32), 27 * 32 * 32 * 32)
-    assert last.output == (10,)
-    assert last.multiply_adds == convs[last.name].weight.numel()
+def test_effective_field_of_a_run(run, capsys):
+    assert rf.main(["--effective", str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert "net136k on 1,000 test images of synthetic" in printed
+    assert "theoretical receptive field  73 pixels" in printed
+    share = float(printed.split("inside 32×32")[1].split("%")[0])
+    assert 0 < share < 100
+    assert (run / "effective_rf.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_tracing_changes_nothing():
-    net = build("atrous", 10).train()
-    before = {name: value.clone() for name, value in net.state_dict().items()}
-    trace(net)
-    assert net.training
-    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+def test_mistakes_are_one_line(run, tmp_path, capsys):
+    def error(*arguments):
+        assert rf.main([*map(str, arguments)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
 
-
-def test_an_operator_it_cannot_account_for_is_named():
-    class Shuffle(nn.Module):
-        def forward(self, x):
-            return torch.roll(x, 1, 3)
-
-    with pytest.raises(UserError, match="roll"):
-        receptive_field(nn.Sequential(nn.Conv2d(3, 4, 3), Shuffle()))
+    assert "--net resnet" in error("--net", "resnet")
+    assert "--jason" in error("--jason")
+    assert "model.pt is not there" in error("--effective", tmp_path / "nowhere")
+    shutil.move(run / "config.json", run / "config.bak")
+    assert "config.json is missing" in error("--effective", run)
+    (run / "config.json").write_text('{"flags": {}}')
+    assert "config.json is damaged" in error("--effective", run)

@@ -18,6 +18,10 @@ def test_what_the_net_sees():
     hole = Policy(flip_p=0, affine_p=0, cutout_p=1)
     cut = step.augmented(dataset.train_images, hole, dataset.mean, dataset.std)
     assert ((cut == 0).all(1).flatten(1).sum(1) >= 16 * 16).all()  # the mean's colour
+    grey = Policy(flip_p=0, affine_p=0, cutout_p=1, fill=100)
+    cut = step.augmented(dataset.train_images, grey, dataset.mean, dataset.std)
+    level = cut * dataset.std.view(-1, 1, 1) + dataset.mean.view(-1, 1, 1)
+    assert ((level - 100).abs() < 1e-3).all(1).flatten(1).sum(1).min() >= 16 * 16
     bright = Policy(**vars(NOTHING) | {"brightness": 0.5, "brightness_contrast_p": 1})
     lit = step.augmented(dataset.train_images, bright, dataset.mean, dataset.std)
     assert (lit != normal).flatten(1).any(1).float().mean() > 0.9

@@ -1,0 +1,325 @@
+"""The traced graph of any module: its layers, and which pixels each map depends on."""
+
+import copy
+import io
+import math
+from contextlib import redirect_stderr
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.passes.shape_prop import ShapeProp
+
+from common import UserError
+
+POOLINGS = (nn.AvgPool2d, nn.MaxPool2d, nn.LPPool2d)
+ADAPTIVE = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
+PADDINGS = (nn.ZeroPad2d, nn.ConstantPad2d, nn.ReflectionPad2d, nn.ReplicationPad2d)
+POINTWISE = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.Identity, nn.PReLU, nn.ReLU, nn.ReLU6)
+POINTWISE += (nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus)
+POINTWISE += (nn.Sigmoid, nn.Tanh, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh)
+POINTWISE += (nn.Dropout, nn.Dropout2d, nn.AlphaDropout)
+# Functions and methods by name; in a sum or product of maps each counts.
+POINTWISE_NAMES = {
+    *("relu", "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "softplus"),
+    *("sigmoid", "tanh", "hardsigmoid", "hardswish", "hardtanh", "clamp", "dropout", "dropout2d"),
+    *("abs", "neg", "exp", "sqrt", "rsqrt", "square", "pow", "maximum", "minimum"),
+    *("add", "iadd", "sub", "isub", "mul", "imul", "div", "truediv", "itruediv"),
+    *("contiguous", "clone", "detach", "float", "half", "bfloat16", "to", "type"),
+}
+REDUCTIONS = ("mean", "sum", "amax", "amin")
+ON_CHANNELS = {"cat": 1, "chunk": 2, "split": 2}  # where their argument `dim` stands
+POOLING_ARGUMENTS = ("input", "kernel_size", "stride", "padding", "dilation")
+
+
+@dataclass(frozen=True)
+class Field:
+    """Along one axis, the inputs that output i depends on: for each `jump: (low, high)` of spans
+    those from i·jump + low to i·jump + high. Jump 0 is what a global pooling saw; no span, nothing.
+    """
+
+    spans: dict[int, tuple[int, int]]
+
+    def through(self, kernel: int, stride: int, dilation: int, padding: int) -> "Field":
+        """Behind a window of `kernel` taps, the first of them `padding` before the map (Araujo et
+        al. 2019, "Computing Receptive Fields of Convolutional Neural Networks")."""
+        first, last = -padding, dilation * (kernel - 1) - padding
+        return Field(
+            {
+                j * stride: (low + j * first, high + j * last)
+                for j, (low, high) in self.spans.items()
+            }
+        )
+
+    def pooled(self, size: int, pixels: int) -> "Field":
+        """Behind a global pooling of a map of `size` outputs, on an image of `pixels`."""
+        ends = [(low, (size - 1) * jump + high) for jump, (low, high) in self.spans.items()]
+        lows, highs = zip(*ends, strict=True)
+        return Field({0: (max(min(lows), 0), min(max(highs), pixels - 1))})
+
+    def extent(self, index: int) -> tuple[int, int]:
+        """First and last input that output `index` depends on."""
+        ends = [(index * j + low, index * j + high) for j, (low, high) in self.spans.items()]
+        return min(low for low, _ in ends), max(high for _, high in ends)
+
+    @property
+    def jump(self) -> int:
+        """0 where the field does not slide: behind a global pooling."""
+        return max(self.spans, default=0)
+
+
+Fields = tuple[Field, Field]  # y, x
+NOTHING = Field({}), Field({})
+
+
+def union(fields: list[Fields]) -> Fields:
+    axes = []
+    for parts in zip(*fields, strict=True):
+        spans: dict[int, tuple[int, int]] = {}
+        for jump, (low, high) in (span for part in parts for span in part.spans.items()):
+            known = spans.get(jump, (low, high))
+            spans[jump] = min(low, known[0]), max(high, known[1])
+        axes.append(Field(spans))
+    return axes[0], axes[1]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A layer with a window or parameters; pairs are (y, x). Jump and receptive field are None
+    behind the global pooling, where every value sees the whole image."""
+
+    name: str
+    kind: str
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    dilation: tuple[int, int]
+    groups: int
+    output: tuple[int, ...]  # channels, height, width
+    jump: tuple[int, int] | None
+    receptive_field: tuple[int, int] | None
+    parameters: int
+    multiply_adds: int  # per image
+
+
+@dataclass(frozen=True)
+class Trace:
+    """What a net is made of. `receptive_field` (y, x) and `fields` are those of the input of its
+    global pooling (`features` computes it), or of its output where nothing is pooled."""
+
+    layers: list[Layer]
+    receptive_field: tuple[int, int]
+    fields: Fields
+    features: fx.GraphModule
+
+    @property
+    def multiply_adds(self) -> int:
+        return sum(layer.multiply_adds for layer in self.layers)
+
+
+def trace(module: nn.Module, input_shape: tuple[int, int, int] = (3, 32, 32)) -> Trace:
+    """Layers and receptive field of `module` for images of `input_shape`.
+
+    Branches count with their union. What depends on a global pooling inside the net, as the gates
+    of squeeze-and-excitation do, sees the whole image. Raises UserError that names the node where
+    the graph holds an operator this cannot account for.
+    """
+    module = copy.deepcopy(module).cpu().eval()
+    if not list(module.children()):
+        module = nn.Sequential(module)  # tracing looks into the root, even into a lone Conv2d
+    try:
+        graph = fx.symbolic_trace(module)
+        with torch.no_grad(), redirect_stderr(io.StringIO()):  # where it prints a traceback
+            ShapeProp(graph).propagate(torch.zeros(1, *input_shape))
+    except Exception as error:  # any code of the user's can fail
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"receptive field: the net cannot be traced: {reason}") from error
+    fields: dict[fx.Node, Fields | None] = {}  # None: no map any more, its layout is gone
+    layers, last = [], None
+    for node in graph.graph.nodes:
+        if node.op == "placeholder":
+            start = Field({1: (0, 0)})
+            fields[node] = start, start
+        elif node.op == "output":
+            maps = [n for n in node.all_input_nodes if _slides(fields[n])]
+            last = maps[-1] if maps else last
+            output = node
+        else:
+            target = graph.get_submodule(node.target) if node.op == "call_module" else node.target
+            fields[node] = _fields_behind(node, target, fields, input_shape)
+            sliding = [n for n in node.all_input_nodes if _slides(fields[n])]
+            if sliding and _shape(node) is not None and not _slides(fields[node]):
+                last = sliding[-1]
+            if _is_layer(node, target):
+                layers.append(_layer(node, target, fields[node]))
+    if last is None:
+        raise UserError("receptive field: the net's output does not depend on its input's pixels")
+    output.args = (last,)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return Trace(layers, _size(fields[last], _shape(last)), fields[last], graph)
+
+
+def _fields_behind(
+    node: fx.Node, target: Any, fields: dict, input_shape: tuple[int, int, int]
+) -> Fields | None:
+    inputs = [n for n in node.all_input_nodes if fields[n] != NOTHING]
+    if not inputs or _shape(node) is None:
+        return NOTHING
+    known = [fields[n] for n in inputs if fields[n] is not None]
+    sliding = [n for n in inputs if _slides(fields[n])]
+    after = _shape(node)
+    if not sliding and len(known) == len(inputs):
+        return union(known)
+    if len(after) != 4 and not _reduces(node, target, {2, 3}):
+        return None
+    if len(known) < len(inputs):
+        if sliding or after[2:] != (1, 1):  # a map again, of values from unknown places
+            raise _unaccounted(node, target)
+        return None
+    before = _shape(sliding[0])
+    if _pools_globally(node, target):
+        y, x = known[0]
+        return y.pooled(before[2], input_shape[1]), x.pooled(before[3], input_shape[2])
+    if window := _window(node, target):
+        y, x = (
+            field.through(*axis)
+            for field, axis in zip(known[0], zip(*window, strict=True), strict=True)
+        )
+        return y, x
+    if any(_shape(n)[2:] != after[2:] for n in sliding):
+        raise _unaccounted(node, target)
+    name = _name(target)
+    if (
+        isinstance(target, POINTWISE)
+        or name in POINTWISE_NAMES
+        or _reduces(node, target, {1})
+        or (name in ON_CHANNELS and _argument(node, ON_CHANNELS[name], "dim") in (1, -3))
+        or (name == "getitem" and isinstance(node.args[1], int))  # of chunks
+    ):
+        return union(known)
+    raise _unaccounted(node, target)
+
+
+def _window(node: fx.Node, target: Any) -> tuple[tuple[int, int], ...] | None:
+    """Kernel, stride, dilation and padding before the map, each (y, x), of what has a window."""
+    name, one = _name(target), (1, 1)
+    before, after = (_shape(n)[2:] for n in (node.all_input_nodes[0], node))
+    if isinstance(target, ADAPTIVE) or name in ("adaptive_avg_pool2d", "adaptive_max_pool2d"):
+        if any(b % a for b, a in zip(before, after, strict=True)):
+            raise _unaccounted(node, target)  # windows of several sizes
+        kernel = tuple(b // a for b, a in zip(before, after, strict=True))
+        return kernel, kernel, one, (0, 0)
+    if isinstance(target, (nn.Conv2d, *POOLINGS)):
+        options = {key: getattr(target, key, None) for key in POOLING_ARGUMENTS}
+    elif name in ("avg_pool2d", "max_pool2d"):
+        options = dict(zip(POOLING_ARGUMENTS, node.args, strict=False)) | node.kwargs
+        options["dilation"] = options.get("dilation") if name == "max_pool2d" else None
+    elif isinstance(target, PADDINGS) or name == "pad":
+        left, _, top, *_ = getattr(target, "padding", None) or _argument(node, 1, "pad")
+        return one, one, one, (top, left)
+    elif name == "getitem" and len(after) == 2 and (slices := _spatial_slices(node)):
+        return one, tuple(s.step or 1 for s in slices), one, tuple(-(s.start or 0) for s in slices)
+    else:
+        return None
+    kernel, dilation = _pair(options["kernel_size"]), _pair(options.get("dilation") or 1)
+    padding = options.get("padding") or 0
+    if padding == "same":
+        padding = tuple(d * (k - 1) // 2 for k, d in zip(kernel, dilation, strict=True))
+    padding = _pair(0 if padding == "valid" else padding)
+    return kernel, _pair(options.get("stride") or kernel), dilation, padding
+
+
+def _pools_globally(node: fx.Node, target: Any) -> bool:
+    if _reduces(node, target, {2, 3}):
+        return True
+    if isinstance(target, nn.Conv2d) or "pool" not in _name(target).lower():
+        return False
+    kernel, _, _, padding = _window(node, target)
+    return kernel == _shape(node.all_input_nodes[0])[2:] and padding == (0, 0)
+
+
+def _reduces(node: fx.Node, target: Any, dims: set[int]) -> bool:
+    """Whether this is a mean, sum or extreme over `dims`, of 0 to 3, of a map."""
+    if _name(target) not in REDUCTIONS or len(_shape(node.all_input_nodes[0])) != 4:
+        return False
+    given = _argument(node, 1, "dim")
+    given = range(4) if given is None else [given] if isinstance(given, int) else given
+    return {dim % 4 for dim in given} - {0} == dims
+
+
+def _spatial_slices(node: fx.Node) -> list[slice] | None:
+    """The slices of `x[:, :, ::2, ::2]` and the like, where nothing but slices is there."""
+    index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
+    if Ellipsis in index:
+        at = index.index(Ellipsis)
+        index = index[:at] + (slice(None),) * (5 - len(index)) + index[at + 1 :]
+    index = [*index, *[slice(None)] * (4 - len(index))]
+    plain = all(isinstance(s, slice) and (s.start or 0) >= 0 for s in index)
+    return index[2:] if plain else None
+
+
+def _is_layer(node: fx.Node, target: Any) -> bool:
+    if isinstance(target, nn.Module):
+        return any(True for _ in target.parameters()) or _window(node, target) is not None
+    return node.op == "call_function" and _name(target).endswith("pool2d")
+
+
+def _layer(node: fx.Node, target: Any, fields: Fields | None) -> Layer:
+    kernel, stride, dilation, _ = _window(node, target) or [(1, 1)] * 4
+    output = _shape(node)[1:]
+    convolves = isinstance(target, nn.Conv2d | nn.Linear)
+    slides = _slides(fields)
+    return Layer(
+        name=str(node.target) if node.op == "call_module" else node.name,
+        kind=_name(target),
+        kernel=kernel,
+        stride=stride,
+        dilation=dilation,
+        groups=getattr(target, "groups", 1),
+        output=output,
+        jump=(fields[0].jump, fields[1].jump) if slides else None,
+        receptive_field=_size(fields, _shape(node)) if slides else None,
+        parameters=sum(p.numel() for p in getattr(target, "parameters", list)()),
+        multiply_adds=target.weight.numel() * math.prod(output[1:]) if convolves else 0,
+    )
+
+
+def _size(fields: Fields, shape: tuple[int, ...]) -> tuple[int, int]:
+    """Height and width of the field of the central output of a map of `shape`."""
+    ends = (field.extent(size // 2) for field, size in zip(fields, shape[2:], strict=True))
+    y, x = (high - low + 1 for low, high in ends)
+    return y, x
+
+
+def _slides(fields: Fields | None) -> bool:
+    return fields is not None and any(field.jump for field in fields)
+
+
+def _shape(node: fx.Node) -> tuple[int, ...] | None:
+    """None for what is no tensor; the first's shape for several of them, as of `chunk`."""
+    meta = node.meta.get("tensor_meta")
+    while isinstance(meta, tuple | list) and not hasattr(meta, "shape"):
+        meta = meta[0] if meta else None
+    return None if meta is None else tuple(meta.shape)
+
+
+def _argument(node: fx.Node, position: int, name: str) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(name)
+
+
+def _name(target: Any) -> str:
+    if isinstance(target, nn.Module):
+        return type(target).__name__
+    return (target if isinstance(target, str) else target.__name__).rstrip("_")
+
+
+def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
+    y, x = (value, value) if isinstance(value, int) else value
+    return y, x
+
+
+def _unaccounted(node: fx.Node, target: Any) -> UserError:
+    return UserError(
+        f"receptive field: node {node.name} ({node.op} {_name(target)}) is not accounted for"
+    )
