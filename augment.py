@@ -24,7 +24,7 @@ class Policy:
     affine_p: float = 0.5
     border: str = "reflect101"  # what lies outside the image: its mirror image, or the fill
     cutout: int = 16  # side of the hole, pixels
-    cutout_p: float = 0.5
+    cutout_p: float = 0.25
     rgb_shift: tuple[float, float, float] = (0.0, 0.0, 0.0)  # largest shift a channel, levels
     rgb_shift_p: float = 0.0
     brightness: float = 0.0  # largest change, as a fraction of 255
