@@ -25,7 +25,7 @@ class Policy:
     border: str = "reflect101"  # what lies outside the image: its mirror image, or the fill
     cutout: int = 16  # largest side of the hole, pixels
     cutout_min: int | None = None  # smallest side, width and height drawn apart; None: the largest
-    cutout_p: float = 0.5
+    cutout_p: float = 0.25
     fill: float | None = None  # level of the hole and a constant border; None: the images' mean
     rgb_shift: tuple[float, float, float] = (0.0, 0.0, 0.0)  # largest shift a channel, levels
     rgb_shift_p: float = 0.0

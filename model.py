@@ -52,21 +52,22 @@ class Residual(nn.Module):
 
 
 def atrous(num_classes: int, dropout: float = 0.0) -> nn.Sequential:
-    """Dense 3×3 residual blocks at 16×16, where a multiply-add is cheapest, and a separable 5×5 one
-    at 8×8; both halvings of the map are dilated convolutions of stride 2 (blocks: He et al. 2016).
+    """Residual blocks (He et al. 2016): dense 3×3 ones where the map is large and channels are few,
+    separable ones where it is small; each halving of the map is a dilated convolution of stride 2.
     """
     return nn.Sequential(
         conv(3, 32),  # 32×32
         nn.ReLU(),
+        Residual(nn.Sequential(conv(32, 32), nn.ReLU(), conv(32, 32))),
         conv(32, 64, stride=2, dilation=2),  # 16×16
         nn.ReLU(),
         Residual(nn.Sequential(conv(64, 64), nn.ReLU(), conv(64, 64))),
-        Residual(nn.Sequential(conv(64, 64), nn.ReLU(), conv(64, 64))),
-        separable(64, 96, stride=2, dilation=2),  # 8×8
+        separable(64, 128, stride=2, dilation=2),  # 8×8
         nn.ReLU(),
-        Residual(nn.Sequential(separable(96, 96, 5), nn.ReLU(), separable(96, 96, 5))),
+        Residual(nn.Sequential(separable(128, 128, 5), nn.ReLU(), separable(128, 128, 5))),
+        Residual(nn.Sequential(separable(128, 128), nn.ReLU(), separable(128, 128))),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Dropout(dropout),
-        nn.Linear(96, num_classes),
+        nn.Linear(128, num_classes),
     )
