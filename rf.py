@@ -124,7 +124,9 @@ def _draw_heat(
     figure = Figure(figsize=(6.4, 5.4), layout="constrained")
     axes = figure.subplots()
     low, high = -margin - 0.5, len(heat) - margin - 0.5
-    picture = axes.imshow(heat / heat.max(), cmap="viridis", extent=(low, high, high, low))
+    picture = axes.imshow(
+        (heat / heat.max()).numpy(), cmap="viridis", extent=(low, high, high, low)
+    )
     (top, bottom), (left, right) = ((a - margin, b - margin) for a, b in square)
     for x, y, width, height, colour, label in (
         (left, top, right - left + 1, bottom - top + 1, "#D55E00", "theoretical field"),
