@@ -20,6 +20,7 @@ import report
 import train
 import zoo
 from common import Parser, exit_status
+from machine import DEVICES
 
 
 def bench_nets(args: Namespace, argv: list[str]) -> None:
@@ -109,7 +110,7 @@ def main(argv: list[str]) -> int:
         nets.add_argument("--epochs", type=count, default=40)
         nets.add_argument("--repeat", type=count, default=1, help="so many seeds each")
         nets.add_argument("--data", default="auto", help="as for train.py")
-        nets.add_argument("--device", default="auto", help="as for train.py")
+        nets.add_argument("--device", choices=DEVICES, default="auto")
         nets.add_argument("--own-recipes", action="store_true", help="each net's, not train.py's")
         nets.add_argument("--out", metavar="DIR", default="runs/nets", help="where the runs lie")
         bench_nets(parser.parse_args(argv), argv)

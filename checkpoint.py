@@ -1,6 +1,7 @@
 """Checkpoints and nets: saved whole or not at all, loaded without running any code in them."""
 
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
 def load(path: Path) -> dict[str, Any]:
     """What `save` wrote, on the CPU. Raises UserError where the file is not such a one."""
     try:
+        _check_sums(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path} is not there") from error
@@ -36,6 +38,16 @@ def load(path: Path) -> dict[str, Any]:
     return content
 
 
+def _check_sums(path: Path) -> None:
+    """`torch.load` reads damaged tensors as if nothing were wrong: check what the file, a zip of
+    uncompressed members, says of itself."""
+    with zipfile.ZipFile(path) as file:
+        if any(member.compress_type for member in file.infolist()):
+            raise ValueError("a member is compressed")
+        if damaged := file.testzip():
+            raise ValueError(f"{damaged} is damaged")
+
+
 def load_net(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The trained net of a `model.pt`, in evaluation mode, and the file's content.
 
@@ -45,7 +57,7 @@ def load_net(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     try:
         net = build(content["net"], content["num_classes"])
         net.load_state_dict(content["state_dict"])
-    except (KeyError, TypeError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         reason = str(error).strip().partition("\n")[0]
         raise UserError(f"{path} holds no net that fits this atrous: {reason}") from error
     return net.eval(), content

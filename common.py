@@ -2,7 +2,9 @@
 
 import argparse
 import os
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,22 +15,46 @@ class UserError(Exception):
     """A mistake of the user's: one line that names the flag or file and the way out."""
 
 
+class Terminated(Exception):
+    """SIGTERM was heeded: what to say of it."""
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
 
 def exit_status(job: Callable[[], None]) -> int:
-    """Of a command: 0, or 2 for a user's mistake or a full disk, 130 for Ctrl-C: one line each."""
+    """Of a command: 0; 2 for a user's mistake or a full disk, 130 for Ctrl-C, 143 for SIGTERM, each
+    with its line on stderr."""
     try:
         job()
     except (UserError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", *str(error).split(), file=sys.stderr)  # a library's message has many lines
         return 2
     except KeyboardInterrupt as interrupt:
         print(f"interrupted: {interrupt}".rstrip(": "), file=sys.stderr)
         return 130
+    except Terminated as terminated:
+        print(f"terminated: {terminated}", file=sys.stderr)
+        return 143
     return 0
+
+
+@contextmanager
+def noting_sigterm() -> Iterator[threading.Event]:
+    """For the while, SIGTERM only sets the event; a second one ends the process as ever."""
+    asked = threading.Event()
+
+    def note(*_: object) -> None:
+        asked.set()
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    previous = signal.signal(signal.SIGTERM, note)
+    try:
+        yield asked
+    finally:
+        signal.signal(signal.SIGTERM, previous)
 
 
 @contextmanager

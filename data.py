@@ -25,6 +25,7 @@ SIZE = 32  # pixels, of every image
 SUBSET_SEED = 20_210_626  # of --train-images and --holdout alone: every run draws the same subset
 NETWORK_TIMEOUT = 10  # seconds
 MAX_FILE_BYTES = 1 << 20  # a 32×32 image has a few kilobytes; what claims more is none
+MAX_ARCHIVE_BYTES = 2 << 30  # unpacked: half a million images
 CACHE_FORMAT = 1  # raise when what is cached changes
 
 
@@ -308,7 +309,15 @@ def _folder_members(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """tarfile takes a damaged header for the archive's end: every image after it would be lost."""
+    """tarfile takes a damaged header for the archive's end: every image after it would be lost. And
+    it reads a long name into memory however long it claims to be."""
+
+    @classmethod
+    def frombuf(cls, buffer: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+        info = super().frombuf(buffer, encoding, errors)
+        if info.type not in tarfile.REGULAR_TYPES and info.size > MAX_FILE_BYTES:
+            raise tarfile.ReadError(f"{info.name} claims {info.size:,} bytes")
+        return info
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
@@ -325,6 +334,9 @@ def _archive_members(path: Path) -> Iterator[tuple[str, bytes]]:
     try:
         with tarfile.open(path, tarinfo=_StrictTarInfo) as archive:
             for member in archive:
+                archive.members = []  # or it keeps each
+                if member.offset_data + member.size > MAX_ARCHIVE_BYTES:
+                    raise UserError(f"--data {path}: unpacks to over {MAX_ARCHIVE_BYTES >> 30} GiB")
                 parts = PurePosixPath(member.name).parts
                 if not parts or parts[0] not in ("train", "test") or member.isdir():
                     continue
@@ -337,8 +349,9 @@ def _archive_members(path: Path) -> Iterator[tuple[str, bytes]]:
                 if len(blob) < member.size:
                     raise UserError(f"--data {path}: cut off within {last}")
                 yield last, blob
-            while archive.fileobj.read(1 << 20):
-                pass  # to the end of the file, where gzip and xz keep their checksums
+            while archive.fileobj.read(1 << 20):  # to the end, where gzip and xz keep their sums
+                if archive.fileobj.tell() > MAX_ARCHIVE_BYTES:
+                    raise UserError(f"--data {path}: unpacks to over {MAX_ARCHIVE_BYTES >> 30} GiB")
     except UserError:
         raise
     except Exception as error:  # tarfile, gzip, zlib and lzma each have errors of their own

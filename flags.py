@@ -15,6 +15,7 @@ import step
 import zoo
 from augment import BORDERS, Policy
 from common import Parser, UserError
+from machine import DEVICES
 
 
 def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Any:
@@ -88,8 +89,9 @@ def make_parser() -> Parser:
     flag("--brightness-contrast-p", type=share, default=policy.brightness_contrast_p)
 
     flag = parser.add_argument_group("run").add_argument
-    flag("--device", choices=("auto", "cpu", "cuda", "mps"), default="auto")
+    flag("--device", choices=DEVICES, default="auto")
     flag("--precision", choices=("auto", *step.DTYPES), default="auto")
+    flag("--deterministic", action="store_true", help="the same bits again, on a GPU too; slower")
     flag("--seed", type=number(int, 0, 2**31), default=0)
     flag("--repeat", type=count, default=1, help="so many seeds, in DIR/s0, DIR/s1, …")
     flag("--out", metavar="DIR", help="the run folder (default: runs/<net>-<data>-s<seed>)")

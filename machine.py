@@ -1,6 +1,7 @@
 """What a run runs on: device, precision, versions."""
 
 import importlib.metadata
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +10,9 @@ import torch
 
 import graph
 from common import UserError
+
+
+DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
 def choose_device(name: str) -> torch.device:
@@ -21,7 +25,21 @@ def choose_device(name: str) -> torch.device:
         name = next(kind for kind, there in available.items() if there)
     if not available[name]:
         raise UserError(f"--device {name}: not available here; --device cpu always is")
-    return torch.device(name)
+    if name != "cuda":
+        return torch.device(name)
+    number = int(os.environ.get("LOCAL_RANK", 0))  # torchrun's: one process, one GPU
+    if number >= torch.cuda.device_count():
+        raise UserError(f"--device cuda: {torch.cuda.device_count()} GPUs for more processes")
+    torch.cuda.set_device(number)
+    return torch.device(name, number)
+
+
+def make_deterministic(wanted: bool) -> None:
+    """Have the same seed give the same bits on a GPU, as it does on a CPU anyway."""
+    if wanted:
+        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # or cuBLAS refuses
+    torch.use_deterministic_algorithms(wanted)
+    torch.backends.cudnn.benchmark = False
 
 
 def choose_precision(name: str, device: torch.device, layers: list[graph.Layer]) -> str:

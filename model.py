@@ -51,6 +51,14 @@ class Residual(nn.Module):
         return self.relu(x + self.branch(x))
 
 
+class GlobalAveragePool(nn.Module):
+    """The mean (N, C) of each map. AdaptiveAvgPool2d is the same, but for its backward on a GPU,
+    which is not deterministic."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))
+
+
 def atrous(num_classes: int, dropout: float = 0.0) -> nn.Sequential:
     """Residual blocks (He et al. 2016): dense 3×3 ones where the map is large and channels are few,
     separable ones where it is small; each halving of the map is a dilated convolution of stride 2.
@@ -66,8 +74,7 @@ def atrous(num_classes: int, dropout: float = 0.0) -> nn.Sequential:
         nn.ReLU(),
         Residual(nn.Sequential(separable(128, 128, 5), nn.ReLU(), separable(128, 128, 5))),
         Residual(nn.Sequential(separable(128, 128), nn.ReLU(), separable(128, 128))),
-        nn.AdaptiveAvgPool2d(1),
-        nn.Flatten(),
+        GlobalAveragePool(),
         nn.Dropout(dropout),
         nn.Linear(128, num_classes),
     )

@@ -70,21 +70,19 @@ class AugmentedImages(Dataset):
 def loader(
     images: Tensor,
     labels: Tensor,
+    batches: list[list[int]],
     policy: Policy,
     mean: Tensor,
-    batch_size: int,
     workers: int,
     pin_memory: bool = False,
 ) -> DataLoader:
-    """Shuffled batches: images uint8 (batch_size, 3, H, W), labels (batch_size,), on the host."""
+    """The images of each of `batches`: uint8 (B, 3, H, W), with labels (B,), on the host."""
     fill = mean if policy.fill is None else torch.full_like(mean, policy.fill)
     transforms = compose(policy, tuple(fill.round().tolist()))
     reseed(transforms)
     return DataLoader(
         AugmentedImages(images.cpu(), labels.cpu(), transforms),
-        batch_size,
-        shuffle=True,
-        drop_last=True,
+        batch_sampler=batches,
         num_workers=workers,
         pin_memory=pin_memory,
         worker_init_fn=start_worker,

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 import checkpoint
 import data
-import step
 from common import written_whole
 
 
@@ -37,14 +36,15 @@ def write_outcome(
     dataset: data.Dataset,
     args: Namespace,
     history: list[dict[str, Any]],
+    predictions: list[Tensor],
     examples: tuple[Tensor, Tensor],
 ) -> dict[str, Any]:
     """The predictions, the net and the pictures of a trained `net`; its accuracies.
 
-    `examples` are training images as the net gets them, float32 (N, 3, 32, 32), and labels (N,).
+    `predictions` are logits (N, classes) of the test images, plain and averaged with their mirror
+    images'; `examples` training images as the net gets them, float32 (N, 3, 32, 32), and labels.
     """
-    logits = step.predict_logits(net, dataset, args.precision)
-    flipped = step.predict_logits(net, dataset, args.precision, flip=True)
+    logits, flipped = predictions
     with written_whole(folder / "predictions.npy") as file:
         np.save(file, logits.cpu().numpy())
     content = {

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import ranks
 from augment import Policy, apply, jitter_colours, sample
 from data import Dataset, normalize
 
@@ -35,26 +36,36 @@ def train_step(
     labels: Tensor,
     precision: str,
     label_smoothing: float,
-) -> tuple[Tensor, Tensor]:
-    """One optimiser step; the batch's mean loss and count of right answers, left on the device."""
+) -> Tensor:
+    """One optimiser step; float32 (3,), left on the device: the batch's mean loss, its count of
+    right answers, and 1 where the loss scaler skipped the step because a gradient overflowed."""
     logits = forward(net, inputs, precision)
     loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
     optimizer.zero_grad(set_to_none=True)
     scaler.scale(loss).backward()
+    skipped = torch.zeros_like(loss)
+    if scaler.is_enabled():
+        scaler.unscale_(optimizer)
+        norm = nn.utils.get_total_norm(p.grad for p in net.parameters() if p.grad is not None)
+        skipped = 1 - norm.isfinite().float()
     scaler.step(optimizer)
     scaler.update()
-    return loss.detach(), (logits.argmax(1) == labels).sum()
+    return torch.stack([loss.detach(), (logits.argmax(1) == labels).sum().float(), skipped])
 
 
 @torch.no_grad()
 def predict_logits(net: nn.Module, data: Dataset, precision: str, flip: bool = False) -> Tensor:
-    """Logits float32 (N, classes) of the test images; `flip` averages in their mirror images'."""
+    """Logits float32 (N, classes) of the test images; `flip` averages in their mirror images'.
+
+    Several processes share the batches and sum what each has, zero where it has nothing.
+    """
     net.eval()
-    logits = []
-    for images in data.test_images.split(EVALUATION_BATCH):
-        inputs = normalize(images, data.mean, data.std)
-        outputs = forward(net, inputs, precision)
+    images = data.test_images
+    logits = torch.zeros(len(images), len(data.classes), device=images.device)
+    for start in ranks.share(range(0, len(images), EVALUATION_BATCH)):
+        batch = slice(start, start + EVALUATION_BATCH)
+        inputs = normalize(images[batch], data.mean, data.std)
+        logits[batch] = forward(net, inputs, precision)
         if flip:
-            outputs = (outputs + forward(net, inputs.flip(3), precision)) / 2
-        logits.append(outputs)
-    return torch.cat(logits)
+            logits[batch] = (logits[batch] + forward(net, inputs.flip(3), precision)) / 2
+    return ranks.total(logits)

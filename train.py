@@ -7,31 +7,39 @@ indexed and augmented there, and the host reads figures once an epoch.
 """
 
 import math
+import os
 import shlex
 import statistics
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, StepLR
+from torch import Tensor
 from tqdm import tqdm
 
 import checkpoint
 import data
 import graph
 import model
+import ranks
 import report
 import step
-from common import UserError, exit_status
+from common import Terminated, UserError, exit_status, noting_sigterm
 from flags import describe_recipe, parse_flags, policy_of
-from machine import choose_device, choose_precision, device_name, versions
+from machine import (
+    choose_device,
+    choose_precision,
+    device_name,
+    make_deterministic,
+    versions,
+)
+from optimise import Training, make_training
 
 HEADER = (
     f"{'epoch':>5} {'lr':>9} {'train loss':>10} {'train acc':>9} "
@@ -39,84 +47,32 @@ HEADER = (
 )
 
 
-@dataclass
-class Training:
-    """What a run changes as it goes, and what a checkpoint holds."""
-
-    net: nn.Module
-    optimizer: torch.optim.Optimizer
-    scheduler: LRScheduler
-    scaler: torch.amp.GradScaler
-    history: list[dict[str, Any]]
-    elapsed: float = 0.0  # seconds of epochs and evaluations
-    reached: dict[str, float] | None = None  # epoch and seconds at which --target was
-
-    def state(self) -> dict[str, Any]:
-        return {
-            name: value.state_dict() if hasattr(value, "state_dict") else value
-            for name, value in vars(self).items()
-        }
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        for name, value in vars(self).items():
-            if hasattr(value, "load_state_dict"):
-                value.load_state_dict(state[name])
-            else:
-                setattr(self, name, state[name])
-
-
-def make_training(net: nn.Module, args: Namespace, device: torch.device, steps: int) -> Training:
-    """`steps` is the number of optimiser steps in an epoch."""
-    net.to(device, memory_format=torch.channels_last)
-    weights = [p for p in net.parameters() if p.ndim >= 2]
-    others = [p for p in net.parameters() if p.ndim < 2]
-    optimizer = torch.optim.SGD(
-        [{"params": weights, "weight_decay": args.weight_decay}, {"params": others}],
-        lr=args.lr,
-        momentum=args.momentum,
-        nesterov=args.momentum > 0,
-    )
-    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    return Training(net, optimizer, make_scheduler(optimizer, args, steps), scaler, [])
-
-
-def make_scheduler(optimizer: torch.optim.Optimizer, args: Namespace, steps: int) -> LRScheduler:
-    """Stepped once a batch: `onecycle` rises for a quarter of the run and falls to zero (Smith and
-    Topin 2018); `cyclic` is triangles of about eight epochs (Smith 2017); `step` halves the rate
-    every six epochs."""
-    total = args.epochs * steps
-    if args.schedule == "onecycle":
-        return OneCycleLR(
-            optimizer, args.lr, total_steps=total, pct_start=0.25, cycle_momentum=False
-        )
-    if args.schedule == "cyclic":
-        half = max(1, total // (2 * max(1, args.epochs // 8)))
-        return CyclicLR(optimizer, args.lr / 25, args.lr, step_size_up=half, cycle_momentum=False)
-    return StepLR(optimizer, step_size=6 * steps, gamma=0.5)
-
-
 def training_batches(
     dataset: data.Dataset, args: Namespace, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One shuffled epoch: augmented, normalised images float32 (B, 3, 32, 32) and labels (B,)."""
+    """One shuffled epoch: augmented, normalised images float32 (B, 3, 32, 32) and labels (B,); of
+    each batch, this process's share."""
+    batches = data.epoch_batches(len(dataset.train_images), args.batch_size, device)
+    batches = [ranks.share(index) for index in batches]
+    ranks.own_streams()
+    policy = policy_of(args)
     if args.augment == "albumentations":
         import reference
 
-        batches = reference.loader(
+        loader = reference.loader(
             dataset.train_images,
             dataset.train_labels,
-            policy_of(args),
+            [index.tolist() for index in batches],
+            policy,
             dataset.mean,
-            args.batch_size,
             args.workers,
             pin_memory=device.type == "cuda",
         )
-        for images, labels in batches:
+        for images, labels in loader:
             images = images.to(device, non_blocking=True)
             yield data.normalize(images, dataset.mean, dataset.std), labels.to(device)
         return
-    policy = policy_of(args)
-    for index in data.epoch_batches(len(dataset.train_images), args.batch_size, device):
+    for index in batches:
         images, labels = dataset.train_images[index], dataset.train_labels[index]
         if args.augment == "device":
             yield step.augmented(images, policy, dataset.mean, dataset.std), labels
@@ -130,24 +86,26 @@ def train_epoch(
     """One epoch of optimiser steps; its learning rate, loss, accuracy, seconds and images/s."""
     training.net.train()
     start = time.perf_counter()
-    rates, losses, right = [], [], []
+    rates, figures = [], []
     for inputs, labels in training_batches(dataset, args, device):
         rates.append(training.scheduler.get_last_lr()[0])
-        loss, correct = step.train_step(
-            training.net,
-            training.optimizer,
-            training.scaler,
-            inputs,
-            labels,
-            args.precision,
-            args.label_smoothing,
+        figures.append(
+            step.train_step(
+                training.parallel,
+                training.optimizer,
+                training.scaler,
+                inputs,
+                labels,
+                args.precision,
+                args.label_smoothing,
+            )
         )
         training.scheduler.step()
-        losses.append(loss)
-        right.append(correct)
         bar.update()
-    losses = torch.stack(losses).tolist()  # the epoch's first wait for the device
+    figures = ranks.total(torch.stack(figures)).cpu()  # the epoch's first wait for the device
     seconds = time.perf_counter() - start
+    losses, right, skipped = figures.unbind(1)
+    losses = (losses / ranks.count()).tolist()
     for index, loss in enumerate(losses):
         if not math.isfinite(loss):
             number = len(training.history) * len(losses) + index + 1
@@ -159,9 +117,10 @@ def train_epoch(
     return {
         "lr": rates[-1],
         "train_loss": statistics.fmean(losses),
-        "train_accuracy": torch.stack(right).sum().item() / images,
+        "train_accuracy": right.sum().item() / images,
         "seconds": seconds,
         "images_per_second": images / seconds,
+        "skipped_steps": int(skipped.sum().item()) // ranks.count(),
     }
 
 
@@ -174,6 +133,7 @@ def run_epoch(
     epoch = len(training.history) + 1
     torch.manual_seed(args.seed * 1_000_003 + epoch)
     line = train_epoch(training, dataset, args, device, bar)
+    ranks.share_statistics(training.net)
     logits = step.predict_logits(training.net, dataset, args.precision)
     line["test_loss"] = F.cross_entropy(logits, dataset.test_labels).item()
     line["test_accuracy"] = report.accuracy(logits, dataset.test_labels)
@@ -185,7 +145,7 @@ def run_epoch(
 
 
 METRICS = ("epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
-METRICS += ("seconds", "images_per_second")
+METRICS += ("seconds", "images_per_second", "skipped_steps")
 
 
 def format_line(line: dict[str, float]) -> str:
@@ -204,6 +164,10 @@ def run(args: Namespace, argv: list[str], dataset: data.Dataset, start: float) -
 
     `start` is the reading of `time.perf_counter` that total_seconds counts from.
     """
+    if args.batch_size % ranks.count():
+        raise UserError(
+            f"--batch-size {args.batch_size}: {ranks.count()} processes cannot share it evenly"
+        )
     if args.batch_size > len(dataset.train_images):
         raise UserError(
             f"--batch-size {args.batch_size}: {dataset.name} has only "
@@ -226,6 +190,7 @@ def run(args: Namespace, argv: list[str], dataset: data.Dataset, start: float) -
         "multiply_adds": trace.multiply_adds,
         "precision": args.precision,
         "device": device_name(device),
+        "processes": ranks.count(),
         "command": shlex.join(["python", "train.py", *argv]),
         "versions": versions(),
     }
@@ -233,7 +198,7 @@ def run(args: Namespace, argv: list[str], dataset: data.Dataset, start: float) -
     if args.resume:
         resume(training, folder, dataset.name)
         start -= training.elapsed
-    else:
+    elif ranks.rank() == 0:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             report.write_json(folder / "config.json", {"flags": vars(args), **facts})
@@ -245,20 +210,36 @@ def run(args: Namespace, argv: list[str], dataset: data.Dataset, start: float) -
     print(f"\n{HEADER}", flush=True)
     done = len(training.history)
     total = {"total": args.epochs * steps, "initial": done * steps}
+    quiet = True if ranks.rank() else None  # None: only where stderr is no terminal
     try:
-        with tqdm(**total, unit="step", leave=False, disable=None) as bar:
+        with (
+            tqdm(**total, unit="step", leave=False, disable=quiet) as bar,
+            noting_sigterm() as asked_to_end,
+        ):
             while len(training.history) < args.epochs:
                 run_epoch(training, dataset, args, device, bar)
-                checkpoint.save(folder / "last.pt", {"data": dataset.name, **training.state()})
-                report.write_history(folder, training.history)
-                tqdm.write(format_line(training.history[-1]))
-                sys.stdout.flush()
+                if ranks.rank() == 0:
+                    checkpoint.save(folder / "last.pt", {"data": dataset.name, **training.state()})
+                    report.write_history(folder, training.history)
+                    tqdm.write(format_line(training.history[-1]))
+                    sys.stdout.flush()
+                if ranks.total(torch.tensor(asked_to_end.is_set(), device=device).int()):
+                    raise Terminated(f"--resume {folder} goes on after the last line")
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(f"--resume {folder} goes on after the last line") from interrupt
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "not enough memory" not in str(error):
+            raise
+        raise UserError(
+            f"--batch-size {args.batch_size}: {device} is out of memory; try a smaller one"
+        ) from error
+    logits = [step.predict_logits(net, dataset, args.precision, flip) for flip in (False, True)]
+    if ranks.rank() > 0:
+        return facts
     torch.manual_seed(args.seed)
     examples = next(training_batches(dataset, args, device))
     summary = {
-        **report.write_outcome(folder, net, dataset, args, training.history, examples),
+        **report.write_outcome(folder, net, dataset, args, training.history, logits, examples),
         "target": args.target,
         "target_reached": training.reached,
         "training_seconds": training.elapsed,
@@ -277,6 +258,8 @@ def run_folder(args: Namespace, data_name: str) -> Path:
 
 
 def refuse_existing(folder: Path) -> None:
+    if ranks.rank() > 0:
+        return  # process 0 may have begun to write it
     if any((folder / name).exists() for name in ("config.json", "last.pt", "summary.json")):
         raise UserError(
             f"--out {folder}: a run is there already; --resume {folder} goes on with it"
@@ -295,18 +278,33 @@ def resume(training: Training, folder: Path, data_name: str) -> None:
         )
     try:
         training.load_state(state)
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise UserError(f"--resume {folder}: last.pt does not fit this run: {error}") from error
-    report.write_history(folder, training.history)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"--resume {folder}: last.pt does not fit this run: {reason}") from error
+    if ranks.rank() == 0:
+        report.write_history(folder, training.history)
 
 
 def run_all(args: Namespace, argv: list[str]) -> None:
+    """All that the flags ask for, as one of torchrun's processes where it started this one."""
     device = choose_device(args.device)
+    with ranks.joined(device):
+        if ranks.rank() > 0:
+            with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
+                run_seeds(args, argv, device)
+        else:
+            run_seeds(args, argv, device)
+
+
+def run_seeds(args: Namespace, argv: list[str], device: torch.device) -> None:
     if args.out and not args.resume:
         refuse_existing(Path(args.out))
+    make_deterministic(args.deterministic)
     start = time.perf_counter()
-    dataset = data.load(args.data, Path(args.data_dir), device, args.train_images, args.holdout)
-    print(f"data read in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+    with ranks.main_first():
+        dataset = data.load(args.data, Path(args.data_dir), device, args.train_images, args.holdout)
+    if ranks.rank() == 0:
+        print(f"data read in {time.perf_counter() - start:.1f} s", file=sys.stderr)
     base = run_folder(args, dataset.name)
     if args.repeat == 1:
         if not args.resume:
@@ -321,13 +319,15 @@ def run_all(args: Namespace, argv: list[str]) -> None:
         for each in runs:
             refuse_existing(Path(each.out))
         summaries = [run(each, argv, dataset, time.perf_counter()) for each in runs]
-        report.write_repeats(base, summaries)
+        if ranks.rank() == 0:
+            report.write_repeats(base, summaries)
     if args.data == "auto" and dataset.name == "synthetic":
         print("warning: CIFAR-10 was out of reach; all of the above is on synthetic images")
 
 
 def main(argv: list[str]) -> int:
-    """The exit status: 0, 2 for a user's mistake (one line on stderr), 130 for Ctrl-C."""
+    """The exit status: 0, 2 for a user's mistake (one line on stderr), 130 for Ctrl-C, 143 for
+    SIGTERM, which ends the run after the epoch and its checkpoint."""
     return exit_status(lambda: run_all(parse_flags(argv), argv))
 
 

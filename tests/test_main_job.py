@@ -33,6 +33,7 @@ FILES = {
     "confusion.png",
 }
 METRICS = "epoch lr train_loss train_accuracy test_loss test_accuracy seconds images_per_second"
+METRICS += " skipped_steps"
 
 
 def lines(folder):

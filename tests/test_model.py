@@ -4,7 +4,7 @@ from torch import nn
 
 import rf
 from common import UserError
-from model import NETS, build
+from model import NETS, GlobalAveragePool, build
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +25,13 @@ def test_the_default_net_is_what_it_promises(net):
     assert any(max(c.dilation) > 1 for c in convs)
     assert all(max(c.dilation) > 1 for c in convs if max(c.stride) > 1)
     assert not any("Max" in type(module).__name__ for module in net.modules())
-    assert any(isinstance(module, nn.AdaptiveAvgPool2d) for module in net.modules())
+    assert any(isinstance(module, GlobalAveragePool) for module in net.modules())
+
+
+def test_global_average_pooling():
+    maps = torch.randn(2, 5, 8, 8)
+    expected = nn.functional.adaptive_avg_pool2d(maps, 1).flatten(1)
+    torch.testing.assert_close(GlobalAveragePool()(maps), expected)
 
 
 @pytest.mark.parametrize("classes", [2, 10])

@@ -11,7 +11,8 @@ POLICY = Policy(flip_p=0.5, affine_p=0.5, cutout_p=0.5)
 
 def loader(images, labels, workers=2, policy=POLICY):
     mean = torch.tensor([120.0, 130.0, 140.0])
-    return reference.loader(images, labels, policy, mean, batch_size=25, workers=workers)
+    batches = [batch.tolist() for batch in torch.arange(len(images)).split(25)]
+    return reference.loader(images, labels, batches, policy, mean, workers)
 
 
 def numbered(count):
@@ -25,14 +26,14 @@ def epoch(batches):
 
 
 def test_batches():
-    images = shapes(60, seed=3)[0]
+    images = shapes(50, seed=3)[0]
     untouched = Policy(flip_p=0, affine_p=0, cutout_p=0)
-    batches = list(loader(images, torch.arange(60), 0, untouched))
-    assert [len(batch) for batch, _ in batches] == [25, 25]
-    result, order = epoch(batches)
-    assert result.dtype == torch.uint8
-    assert torch.equal(result, images[order])
-    assert order.tolist() != sorted(order.tolist())
+    mean, order = torch.zeros(3), [[3, 1, 2], [40, 0, 7]]
+    batches = reference.loader(images, torch.arange(50), order, untouched, mean, 0)
+    for (batch, labels), expected in zip(batches, order, strict=True):
+        assert batch.dtype == torch.uint8
+        assert labels.tolist() == expected
+        assert torch.equal(batch, images[expected])
 
 
 def test_no_worker_and_no_epoch_repeats_another():

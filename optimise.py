@@ -1,0 +1,71 @@
+"""What changes as a net learns – weights, optimiser, schedule, loss scale – and its state."""
+
+from argparse import Namespace
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, StepLR
+
+import ranks
+
+
+@dataclass
+class Training:
+    """What a run changes as it goes, and what a checkpoint holds: all but `parallel`."""
+
+    net: nn.Module
+    parallel: nn.Module  # the net, averaging gradients over the processes
+    optimizer: torch.optim.Optimizer
+    scheduler: LRScheduler
+    scaler: torch.amp.GradScaler
+    history: list[dict[str, Any]] = field(default_factory=list)
+    elapsed: float = 0.0  # seconds of epochs and evaluations
+    reached: dict[str, float] | None = None  # epoch and seconds at which --target was
+
+    def state(self) -> dict[str, Any]:
+        return {
+            name: value.state_dict() if hasattr(value, "state_dict") else value
+            for name, value in vars(self).items()
+            if name != "parallel"
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        for name in self.state():
+            value = getattr(self, name)
+            if hasattr(value, "load_state_dict"):
+                value.load_state_dict(state[name])
+            else:
+                setattr(self, name, state[name])
+
+
+def make_training(net: nn.Module, args: Namespace, device: torch.device, steps: int) -> Training:
+    """`steps` is the number of optimiser steps in an epoch."""
+    net.to(device, memory_format=torch.channels_last)
+    weights = [p for p in net.parameters() if p.ndim >= 2]
+    others = [p for p in net.parameters() if p.ndim < 2]
+    optimizer = torch.optim.SGD(
+        [{"params": weights, "weight_decay": args.weight_decay}, {"params": others}],
+        lr=args.lr,
+        momentum=args.momentum,
+        nesterov=args.momentum > 0,
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    scheduler = make_scheduler(optimizer, args, steps)
+    return Training(net, ranks.parallel(net), optimizer, scheduler, scaler)
+
+
+def make_scheduler(optimizer: torch.optim.Optimizer, args: Namespace, steps: int) -> LRScheduler:
+    """Stepped once a batch: `onecycle` rises for a quarter of the run and falls to zero (Smith and
+    Topin 2018); `cyclic` is triangles of about eight epochs (Smith 2017); `step` halves the rate
+    every six epochs."""
+    total = args.epochs * steps
+    if args.schedule == "onecycle":
+        return OneCycleLR(
+            optimizer, args.lr, total_steps=total, pct_start=0.25, cycle_momentum=False
+        )
+    if args.schedule == "cyclic":
+        half = max(1, total // (2 * max(1, args.epochs // 8)))
+        return CyclicLR(optimizer, args.lr / 25, args.lr, step_size_up=half, cycle_momentum=False)
+    return StepLR(optimizer, step_size=6 * steps, gamma=0.5)

@@ -1,0 +1,76 @@
+"""Several processes that train one net, as torchrun starts them: what they share and exchange.
+
+Each holds the whole data set and computes its share of every batch; DistributedDataParallel
+averages the gradients. BatchNorm normalises by each process's own share. With one process all of
+this is idle.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+S = TypeVar("S", bound=Sequence)
+
+
+def rank() -> int:
+    """0 for the process that alone writes and prints."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def count() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[None]:
+    """Be one of torchrun's processes for the while, where it started this one."""
+    if not dist.is_torchelastic_launched():
+        yield
+        return
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    yield
+    dist.destroy_process_group()
+
+
+@contextmanager
+def main_first() -> Iterator[None]:
+    """Let process 0 through before the others: it alone downloads, decodes and fills the cache."""
+    if rank() > 0:
+        dist.barrier()
+    yield
+    if rank() == 0 and count() > 1:
+        dist.barrier()
+
+
+def parallel(net: nn.Module) -> nn.Module:
+    """`net`, with gradients averaged over the processes."""
+    return nn.parallel.DistributedDataParallel(net) if count() > 1 else net
+
+
+def share(items: S) -> S:
+    """This process's share of a sequence."""
+    return items[rank() :: count()]
+
+
+def share_statistics(net: nn.Module) -> None:
+    """Give every process the BatchNorm statistics of process 0, for evaluation."""
+    if count() > 1:
+        for buffer in net.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def total(tensor: Tensor) -> Tensor:
+    """The sum over the processes, in place."""
+    if count() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def own_streams() -> None:
+    """From a seed that all have, give each process random streams of its own."""
+    if rank() > 0:
+        torch.manual_seed(torch.initial_seed() + rank() * 2**40)

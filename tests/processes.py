@@ -1,0 +1,88 @@
+"""Runs of train.py in processes of their own that can be killed, or train one net together."""
+
+import io
+import multiprocessing
+import os
+import signal
+import socket
+
+import torch
+
+import checkpoint
+import ranks
+import train
+
+# forks from a process that has imported everything and computed nothing
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["processes", "plots"])
+
+
+def start(argv, **options):
+    process = CONTEXT.Process(target=_run, args=(argv,), kwargs=options)
+    process.start()
+    return process
+
+
+def _run(argv, torn_write=None, rank=None, record=None):
+    torch.set_num_threads(1)
+    if torn_write is not None:
+        _kill_within_write(*torn_write)
+    if rank is not None:
+        os.environ |= {key: str(value) for key, value in rank.items()}
+    if record is not None:
+        _record(record)
+    raise SystemExit(train.main([str(argument) for argument in argv]))
+
+
+def _kill_within_write(number, share):
+    """Die by SIGKILL within the `number`th checkpoint, after this share of its bytes."""
+    save, calls = torch.save, []
+
+    def torn(content, file):
+        calls.append(1)
+        if len(calls) < number:
+            return save(content, file)
+        whole = io.BytesIO()
+        save(content, whole)
+        file.write(whole.getvalue()[: int(share * whole.tell())])
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    checkpoint.torch.save = torn
+
+
+def _record(path):
+    """Save what this process drew of each epoch, and its net after the last."""
+    share, make_training, run_epoch = ranks.share, train.make_training, train.run_epoch
+    seen = []
+
+    def noted_share(items):
+        mine = share(items)
+        if isinstance(items, torch.Tensor):
+            seen.append(mine.clone())
+        return mine
+
+    def noted_epoch(training, *rest):
+        run_epoch(training, *rest)
+        weights = {k: v.clone() for k, v in training.net.state_dict().items()}
+        epochs = len(training.history)
+        torch.save({"seen": seen, "weights": weights, "epochs": epochs}, path)
+
+    ranks.share, train.run_epoch = noted_share, noted_epoch
+    train.make_training = make_training
+
+
+def together(count, argv, folder):
+    """`count` processes that train one net; their exit codes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared |= {"TORCHELASTIC_RUN_ID": "test"}
+    processes = [
+        start(argv, rank={"RANK": r, "LOCAL_RANK": r, **shared}, record=folder / f"rank{r}.pt")
+        for r in range(count)
+    ]
+    for process in processes:
+        process.join(180)
+    return [process.exitcode for process in processes]

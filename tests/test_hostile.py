@@ -1,0 +1,234 @@
+"""Damaged and hostile input of every kind, through main(argv): each ends in one line and status 2,
+or is read as what it was."""
+
+import gzip
+import io
+import json
+import lzma
+import random
+import struct
+import tarfile
+import zlib
+
+import pytest
+import torch
+from test_data import files, png, write_tar
+
+import checkpoint
+import data
+import train
+from flags import make_parser
+from model import build
+
+MEMBERS = files(train=6, test=3)
+PACKERS = {"tar": bytes, "tar.gz": gzip.compress, "tar.xz": lzma.compress}
+
+
+def archive(members):
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name, blob in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(blob)
+            tar.addfile(info, io.BytesIO(blob))
+    return file.getvalue()
+
+
+WHOLE = archive(MEMBERS)
+
+
+def flipped(blob, chance):
+    position = chance.randrange(len(blob))
+    changed = bytes([blob[position] ^ (1 << chance.randrange(8))])
+    return blob[:position] + changed + blob[position + 1 :]
+
+
+def damaged_archive(seed):
+    """A name and the bytes of an archive with one thing wrong."""
+    chance = random.Random(seed)
+    suffix = chance.choice(list(PACKERS))
+    pack = PACKERS[suffix]
+    kind = seed % 11
+    chosen = chance.choice(list(MEMBERS))
+    if kind in (0, 1):
+        blob = pack(WHOLE)
+        return suffix, blob[: chance.randrange(len(blob))]
+    if kind in (2, 3, 4):
+        return suffix, flipped(pack(WHOLE), chance)
+    if kind == 5:
+        return suffix, pack(archive(MEMBERS | {chosen: flipped(MEMBERS[chosen], chance)}))
+    if kind == 6:
+        return suffix, pack(archive(MEMBERS | {chosen: chance.randbytes(chance.randrange(5000))}))
+    if kind == 7:
+        side = chance.choice([(31, 32), (32, 33), (1, 1), (640, 480)])
+        return suffix, pack(archive(MEMBERS | {chosen: png((1, 2, 3), side)}))
+    if kind == 8:
+        strange = chance.choice(["../", "/", "train/../../", "test/cat/x/", "train//", "./../"])
+        return suffix, pack(archive(MEMBERS | {strange + "evil.png": MEMBERS[chosen]}))
+    if kind == 9:
+        return suffix, pack(archive(dict(chance.sample(list(MEMBERS.items()), len(MEMBERS)))))
+    start = WHOLE.index(chosen.encode())  # a header, with a sum that fits or not
+    header = bytearray(WHOLE[start : start + 512])
+    header[124:136] = chance.choice([b"77777777777\0", b"-0000000001\0", b"\x80" + b"\xff" * 11])
+    if chance.random() < 0.5:
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+    return suffix, pack(WHOLE[:start] + bytes(header) + WHOLE[start + 512 :])
+
+
+@pytest.fixture
+def loaded(monkeypatch):
+    """What main(argv) would train on; nothing is trained."""
+    seen = []
+    monkeypatch.setattr(train, "run", lambda args, argv, dataset, start: seen.append(dataset))
+    return seen
+
+
+def ends_in_one_line(argv, capsys):
+    """Whether main(argv) refused it, as it should: status 2, one line, no traceback."""
+    status = train.main([str(argument) for argument in argv])
+    lines = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("data read")]
+    if status == 0:
+        return False
+    assert status == 2
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("error: ")
+    assert len(lines[0]) < 1000
+    return True
+
+
+@pytest.mark.parametrize("start", range(0, 300, 20))
+def test_archives(tmp_path, monkeypatch, capsys, loaded, start):
+    (tmp_path / "pristine.tar").write_bytes(WHOLE)
+    assert train.main(["--data", str(tmp_path / "pristine.tar"), "--device", "cpu"]) == 0
+    pristine = loaded.pop()
+    capsys.readouterr()
+    refused = 0
+    for seed in range(start, start + 20):
+        suffix, blob = damaged_archive(seed)
+        folder = tmp_path / str(seed)
+        folder.mkdir()
+        path = folder / f"pets.{suffix}"
+        path.write_bytes(blob)
+        monkeypatch.chdir(folder)
+        if ends_in_one_line(["--data", path, "--device", "cpu"], capsys):
+            refused += 1
+        else:  # what was changed does not matter, and nothing else is read
+            dataset = loaded.pop()
+            for name in ("train_images", "train_labels", "test_images", "test_labels"):
+                assert torch.equal(getattr(dataset, name), getattr(pristine, name)), seed
+            assert dataset.classes == pristine.classes
+        assert [file.name for file in folder.iterdir()] == [path.name]
+    assert refused >= 10
+
+
+def chunk(kind, content):
+    return (
+        struct.pack(">I", len(content))
+        + kind
+        + content
+        + struct.pack(">I", zlib.crc32(kind + content))
+    )
+
+
+def png_of(width, height, pixels, *extra):
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    parts = [chunk(b"IHDR", header), *extra, chunk(b"IDAT", zlib.compress(pixels))]
+    return b"\x89PNG\r\n\x1a\n" + b"".join([*parts, chunk(b"IEND", b"")])
+
+
+ROWS = (b"\0" + b"\1\2\3" * 32) * 32
+BOMBS = {
+    "declared huge": png_of(60_000, 60_000, ROWS),
+    "too many pixels": png_of(32, 32, b"\0" * 200_000_000),
+    "text bomb": png_of(32, 32, ROWS, chunk(b"zTXt", b"a\0\0" + zlib.compress(b"a" * 10**8))),
+    "profile bomb": png_of(32, 32, ROWS, chunk(b"iCCP", b"a\0\0" + zlib.compress(b"a" * 10**8))),
+    "no image": b"GIF89a" + b"\0" * 100,
+    "large file": png((1, 2, 3)) + b"\0" * data.MAX_FILE_BYTES,
+    "empty": b"",
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS.values(), ids=BOMBS)
+def test_bombs_in_an_image(tmp_path, capsys, loaded, bomb):
+    import tracemalloc
+
+    path = write_tar(tmp_path / "bomb.tar", MEMBERS | {"train/cat/0.png": bomb})
+    tracemalloc.start()
+    refused = ends_in_one_line(["--data", path, "--device", "cpu"], capsys)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 100e6
+    if not refused:  # read as the 32×32 image that it also is
+        assert loaded[0].train_images.shape == (12, 3, 32, 32)
+
+
+def test_archive_bombs(tmp_path, capsys, loaded, monkeypatch):
+    monkeypatch.setattr(data, "MAX_ARCHIVE_BYTES", 1 << 24)
+    zeros = tarfile.TarInfo("elsewhere/zeros")
+    zeros.size = 1 << 40
+    long_name = tarfile.TarInfo("././@LongLink")
+    long_name.type, long_name.size = tarfile.GNUTYPE_LONGNAME, 1 << 32
+    for name, blob in {
+        "member": zeros.tobuf() + WHOLE,
+        "name": long_name.tobuf() + WHOLE,
+        "tail": WHOLE + bytes(1 << 25),
+        "many": tarfile.TarInfo("elsewhere/empty").tobuf() * (1 << 15) + bytes(1 << 25) + WHOLE,
+    }.items():
+        path = tmp_path / f"{name}.tar.xz"
+        path.write_bytes(lzma.compress(blob, preset=0))
+        assert ends_in_one_line(["--data", path, "--device", "cpu"], capsys), name
+
+
+def test_checkpoints(tmp_path, capsys):
+    """Damaged `last.pt`: refused, or the bytes that were changed hold nothing."""
+    folder = tmp_path / "run"
+    small = ["--data", "synthetic", "--train-images", "40", "--holdout", "10", "--device", "cpu"]
+    small += ["--batch-size", "40", "--net", "net136k", "--epochs", "1", "--out", folder]
+    assert train.main([*map(str, small)]) == 0
+    capsys.readouterr()
+    whole = (folder / "last.pt").read_bytes()
+    expected = checkpoint.load(folder / "last.pt")
+    chance = random.Random(0)
+    foreign = io.BytesIO()
+    torch.save({"format": 1, "data": "synthetic", "net": build("atrous", 10).state_dict()}, foreign)
+    pickled = io.BytesIO()
+    torch.save({"format": 1, "code": pytest}, pickled)
+    newer = io.BytesIO()
+    torch.save({"format": checkpoint.FORMAT + 1}, newer)
+    damaged = [b"", b"PK", foreign.getvalue(), pickled.getvalue(), newer.getvalue(), WHOLE]
+    damaged += [whole[: chance.randrange(len(whole))] for _ in range(20)]
+    for blob in damaged:
+        (folder / "last.pt").write_bytes(blob)
+        assert ends_in_one_line(["--resume", folder], capsys)
+    for _ in range(60):
+        (folder / "last.pt").write_bytes(flipped(whole, chance))
+        try:
+            content = checkpoint.load(folder / "last.pt")
+        except train.UserError:
+            assert ends_in_one_line(["--resume", folder], capsys)
+            continue
+        for name, value in expected["net"].items():
+            assert torch.equal(content["net"][name], value)
+        assert content["history"] == expected["history"]
+
+
+def test_flag_values(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = [a.option_strings[-1] for a in make_parser()._actions if a.option_strings]
+    for flag in flags:
+        if flag in ("--help", "--deterministic"):
+            continue
+        for value in ("", "nan", "-1", "1e999", "\0", "ä" * 300, "[]"):
+            argv = ["--data", "missing.tar", f"{flag}={value}"]
+            assert ends_in_one_line(argv, capsys), (flag, value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_configurations(tmp_path, capsys):
+    flags = ('{"flags": []}', '{"flags": 3}', '{"flags": {"epochs": "x"}}')
+    for text in ("", "[]", "{}", "\0", *flags):
+        (tmp_path / "config.json").write_text(text)
+        assert ends_in_one_line(["--resume", tmp_path], capsys), text
+    (tmp_path / "config.json").write_text(json.dumps({"flags": {"data": 5}}))
+    assert ends_in_one_line(["--resume", tmp_path], capsys)

@@ -1,0 +1,101 @@
+"""A run killed at any moment and resumed ends as the uninterrupted one: bit for bit."""
+
+import hashlib
+import json
+import random
+import signal
+import time
+
+import pytest
+from processes import start
+
+import checkpoint
+
+RUN = ["--data", "synthetic", "--train-images", "120", "--holdout", "50", "--device", "cpu"]
+RUN += ["--batch-size", "40", "--epochs", "4", "--lr", "0.1", "--dropout", "0.2"]
+RUN += ["--net", "net136k", "--rgb-shift", "9", "9", "9", "--rgb-shift-p", "0.5"]
+
+
+def outcome(folder):
+    """Hash of the trained weights, and the metrics without what a clock says."""
+    digest = hashlib.sha256()
+    for name, value in checkpoint.load(folder / "model.pt")["state_dict"].items():
+        digest.update(name.encode() + value.numpy().tobytes())
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3, 4]
+    for line in lines:
+        del line["seconds"], line["images_per_second"]
+    return digest.hexdigest(), lines
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run's outcome, and how many seconds it took."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    begin = time.monotonic()
+    process = start([*RUN, "--out", folder])
+    process.join()
+    assert process.exitcode == 0
+    return outcome(folder), time.monotonic() - begin
+
+
+def finish(folder):
+    begun = (folder / "config.json").exists()
+    process = start(["--resume", folder] if begun else [*RUN, "--out", folder])
+    process.join()
+    assert process.exitcode == 0
+    return outcome(folder)
+
+
+def kill_and_resume(whole, folder, seed):
+    expected, seconds = whole
+    chance = random.Random(seed)
+    process = start([*RUN, "--out", folder])
+    process.join(chance.uniform(0, seconds))
+    process.kill()
+    process.join()
+    assert finish(folder) == expected
+
+
+def tear_and_resume(whole, folder, seed):
+    chance = random.Random(seed)
+    torn = chance.randint(1, 5), chance.random()  # of four checkpoints, then the net
+    process = start([*RUN, "--out", folder], torn_write=torn)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert finish(folder) == whole[0]
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_killed_at_a_random_moment(whole, tmp_path, seed):
+    kill_and_resume(whole, tmp_path / "run", seed)
+
+
+def test_killed_within_a_checkpoint(whole, tmp_path):
+    tear_and_resume(whole, tmp_path / "run", 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10, 24))
+def test_killed_at_many_moments(whole, tmp_path, seed):
+    kill_and_resume(whole, tmp_path / "run", seed)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(30, 38))
+def test_killed_within_many_checkpoints(whole, tmp_path, seed):
+    tear_and_resume(whole, tmp_path / "run", seed)
+
+
+def test_sigterm_ends_after_a_checkpoint(whole, tmp_path, capfd):
+    folder = tmp_path / "run"
+    process = start([*RUN, "--out", folder])
+    while not (folder / "metrics.jsonl").exists():
+        assert process.is_alive()
+        time.sleep(0.005)
+    process.terminate()
+    process.join()
+    assert process.exitcode == 143
+    assert f"terminated: --resume {folder}" in capfd.readouterr().err
+    assert not (folder / "summary.json").exists()
+    assert finish(folder) == whole[0]

@@ -1,0 +1,105 @@
+"""Two processes train one net as one would: gloo on the CPU."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from processes import start, together
+
+import checkpoint
+import data
+import report
+import step
+import train
+
+CPU = torch.device("cpu")
+RUN = ["--data", "synthetic", "--train-images", "124", "--device", "cpu", "--batch-size", "40"]
+RUN += ["--epochs", "2", "--lr", "0.1", "--net", "net136k", "--precision", "fp32"]
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pair")
+    assert together(2, [*RUN, "--out", folder / "run"], folder) == [0, 0]
+    return folder, [torch.load(folder / f"rank{r}.pt", weights_only=True) for r in (0, 1)]
+
+
+def test_every_image_is_seen_once_an_epoch(pair):
+    for epoch in (slice(0, 3), slice(3, 6)):  # of three batches
+        seen = torch.cat([batch for rank in pair[1] for batch in rank["seen"][epoch]])
+        assert len(seen) == 120
+        assert len(seen.unique()) == 120
+
+
+def test_the_processes_end_with_the_same_net(pair):
+    one, other = (rank["weights"] for rank in pair[1])
+    for name, value in one.items():
+        assert torch.equal(value, other[name]), name
+    saved = checkpoint.load(pair[0] / "run/model.pt")["state_dict"]
+    assert all(torch.equal(value, saved[name]) for name, value in one.items())
+
+
+def test_the_accuracy_is_that_of_one_process(pair):
+    net, _ = checkpoint.load_net(pair[0] / "run/model.pt")
+    dataset = data.load("synthetic", None, CPU, 124)
+    net.to(memory_format=torch.channels_last)
+    logits = step.predict_logits(net, dataset, "fp32")
+    expected = report.accuracy(logits, dataset.test_labels)
+    assert lines(pair[0] / "run")[-1]["test_accuracy"] == expected
+    assert json.loads((pair[0] / "run/summary.json").read_text())["final_accuracy"] == expected
+
+
+def test_one_run_was_written(pair):
+    run = pair[0] / "run"
+    assert len(lines(run)) == 2
+    assert json.loads((run / "config.json").read_text())["processes"] == 2
+
+
+def test_a_batch_that_cannot_be_shared(tmp_path):
+    codes = together(2, [*RUN, "--batch-size", "41", "--out", tmp_path / "run"], tmp_path)
+    assert codes == [2, 2]
+    assert not (tmp_path / "run").exists()
+
+
+def test_resumed_by_another_number_of_processes(tmp_path):
+    folder = tmp_path / "run"
+    process = start([*RUN, "--epochs", "3", "--out", folder])
+    while not (folder / "metrics.jsonl").exists():
+        assert process.is_alive()
+        time.sleep(0.005)
+    process.kill()
+    process.join()
+    before = lines(folder)
+    assert together(2, ["--resume", folder], tmp_path) == [0, 0]
+    assert lines(folder)[: len(before)] == before
+    assert [line["epoch"] for line in lines(folder)] == [1, 2, 3]
+
+
+@pytest.mark.slow
+def test_torchrun_and_a_process_that_dies(tmp_path):
+    """torchrun ends the job with an error, and one process goes on with it."""
+    folder = tmp_path / "run"
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+    command += ["--master-port=0", "train.py", *RUN, "--epochs", "40", "--out", str(folder)]
+    job = subprocess.Popen(
+        command, cwd=train.__file__.rpartition("/")[0], stderr=subprocess.PIPE, text=True
+    )
+    while not (folder / "metrics.jsonl").exists():
+        assert job.poll() is None
+        time.sleep(0.05)
+    children = subprocess.run(
+        ["pgrep", "-P", str(job.pid)], capture_output=True, text=True, check=True
+    )
+    subprocess.run(["kill", "-9", children.stdout.split()[-1]], check=True)
+    _, error = job.communicate(timeout=120)
+    assert job.returncode != 0
+    assert "Signal 9" in error
+    assert train.main(["--resume", str(folder)]) == 0
+    assert [line["epoch"] for line in lines(folder)] == list(range(1, 41))
