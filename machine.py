@@ -11,7 +11,6 @@ import torch
 import graph
 from common import UserError
 
-
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 

@@ -76,6 +76,13 @@ def damaged_archive(seed):
     return suffix, pack(WHOLE[:start] + bytes(header) + WHOLE[start + 512 :])
 
 
+class Hostile:
+    """Unpickled carelessly, it would run code."""
+
+    def __reduce__(self):
+        return print, ("hostile code ran",)
+
+
 @pytest.fixture
 def loaded(monkeypatch):
     """What main(argv) would train on; nothing is trained."""
@@ -87,7 +94,9 @@ def loaded(monkeypatch):
 def ends_in_one_line(argv, capsys):
     """Whether main(argv) refused it, as it should: status 2, one line, no traceback."""
     status = train.main([str(argument) for argument in argv])
-    lines = [x for x in capsys.readouterr().err.splitlines() if not x.startswith("data read")]
+    printed = capsys.readouterr()
+    assert "hostile code ran" not in printed.out
+    lines = [x for x in printed.err.splitlines() if not x.startswith("data read")]
     if status == 0:
         return False
     assert status == 2
@@ -193,7 +202,7 @@ def test_checkpoints(tmp_path, capsys):
     foreign = io.BytesIO()
     torch.save({"format": 1, "data": "synthetic", "net": build("atrous", 10).state_dict()}, foreign)
     pickled = io.BytesIO()
-    torch.save({"format": 1, "code": pytest}, pickled)
+    torch.save({"format": 1, "code": Hostile()}, pickled)
     newer = io.BytesIO()
     torch.save({"format": checkpoint.FORMAT + 1}, newer)
     damaged = [b"", b"PK", foreign.getvalue(), pickled.getvalue(), newer.getvalue(), WHOLE]

@@ -1,6 +1,7 @@
 """The main job from outside: flags in, a run folder, lines and an exit status out."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -125,18 +126,24 @@ def test_same_seed_same_run_and_another_seed_another(finished, tmp_path):
     assert timeless(tmp_path / "1") != timeless(tmp_path / "0")
 
 
-def test_interrupted_and_resumed_is_as_if_nothing_had_been(finished, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("number", "status", "word"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+)
+def test_ended_and_resumed_is_as_if_nothing_had_been(
+    finished, tmp_path, monkeypatch, capsys, number, status, word
+):
     folder = tmp_path / "run"
     write = train.report.write_history
 
-    def interrupt(*args):
+    def end(*args):
         write(*args)
-        raise KeyboardInterrupt
+        signal.raise_signal(number)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.report, "write_history", interrupt)
-        assert train.main([*SMALL, "--out", str(folder)]) == 130
-    assert f"interrupted: --resume {folder}" in capsys.readouterr().err
+        patch.setattr(train.report, "write_history", end)
+        assert train.main([*SMALL, "--out", str(folder)]) == status
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"{word}: --resume {folder}")
     assert len(lines(folder)) == 1
     assert not list(folder.glob("*.tmp"))
     assert train.main(["--resume", str(folder)]) == 0
@@ -316,6 +323,17 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, capsys):
     assert "at step " in error
     assert "learning rate" in error
     assert not (folder / "last.pt").exists()
+
+
+def test_out_of_memory_is_one_line(tmp_path, monkeypatch, capsys):
+    def exhausted(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+
+    monkeypatch.setattr(step, "train_step", exhausted)
+    assert train.main([*SMALL, "--out", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: --batch-size 40: cpu is out of memory; try a smaller one"
+    )
 
 
 def test_bad_archive_leaves_nothing(tmp_path, capsys):

@@ -72,3 +72,19 @@ def test_flip_averaging():
     averaged = step.predict_logits(Mirror(), dataset, "fp32", flip=True)
     assert plain.shape == (1000, 2)
     torch.testing.assert_close(averaged, (plain + plain.flip(1)) / 2)
+
+
+def test_an_fp16_overflow_is_skipped_and_counted():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+    before = net[1].weight.clone()
+    optimizer = torch.optim.SGD(net.parameters(), 0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**60)
+    images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
+    loss, _, skipped = step.train_step(net, optimizer, scaler, images, labels, "fp16", 0.0)
+    assert skipped == 1
+    assert loss.isfinite()
+    assert torch.equal(net[1].weight, before)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8)
+    _, _, skipped = step.train_step(net, optimizer, scaler, images, labels, "fp16", 0.0)
+    assert skipped == 0
+    assert not torch.equal(net[1].weight, before)
