@@ -1,3 +1,4 @@
+import functools
 import os
 from pathlib import Path
 
@@ -5,7 +6,8 @@ import pytest
 import torch
 
 import data
-from synthetic import shapes
+import report
+import synthetic
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 
@@ -26,8 +28,21 @@ def images(request):
     """1,000 images uint8 (N, 3, 32, 32): generated ones, or those of --images."""
     source = request.config.getoption("--images")
     if source is None:
-        return shapes(1000, seed=7)[0]
+        return synthetic.shapes(1000, seed=7)[0]
     return data.load(source, Path(), torch.device("cpu"), train_images=1000).train_images
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _generated_once():
+    """Most tests train on the same generated images: they are drawn once."""
+    synthetic.shapes = functools.cache(synthetic.shapes)
+
+
+@pytest.fixture
+def no_pictures(monkeypatch):
+    """Drawing takes longer than the small runs of the tests."""
+    monkeypatch.setattr(report, "draw", lambda *_: None)
+    monkeypatch.setattr(report, "draw_examples", lambda *_: None)
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ import bench
 
 
 @pytest.fixture
-def arguments(tmp_path, monkeypatch):
+def arguments(tmp_path, monkeypatch, no_pictures):
     """Two nets, few images; results go to a folder of the test's own."""
     monkeypatch.setattr(bench.model, "NETS", ("atrous", "net136k"))
     monkeypatch.setattr(bench, "__file__", str(tmp_path / "bench.py"))

@@ -189,7 +189,7 @@ def test_archive_bombs(tmp_path, capsys, loaded, monkeypatch):
         assert ends_in_one_line(["--data", path, "--device", "cpu"], capsys), name
 
 
-def test_checkpoints(tmp_path, capsys):
+def test_checkpoints(tmp_path, capsys, no_pictures):
     """Damaged `last.pt`: refused, or the bytes that were changed hold nothing."""
     folder = tmp_path / "run"
     small = ["--data", "synthetic", "--train-images", "40", "--holdout", "10", "--device", "cpu"]

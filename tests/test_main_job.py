@@ -118,7 +118,7 @@ def test_what_is_printed_when_piped(finished):
     assert "target 1.00%" in printed
 
 
-def test_same_seed_same_run_and_another_seed_another(finished, tmp_path):
+def test_same_seed_same_run_and_another_seed_another(finished, tmp_path, no_pictures):
     for seed in ("0", "1"):
         out = ["--out", str(tmp_path / seed), "--seed", seed]
         assert train.main([*SMALL, *out]) == 0
@@ -131,7 +131,7 @@ def test_same_seed_same_run_and_another_seed_another(finished, tmp_path):
     [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
 )
 def test_ended_and_resumed_is_as_if_nothing_had_been(
-    finished, tmp_path, monkeypatch, capsys, number, status, word
+    finished, tmp_path, monkeypatch, capsys, no_pictures, number, status, word
 ):
     folder = tmp_path / "run"
     write = train.report.write_history
@@ -159,7 +159,7 @@ def test_a_resumed_run_keeps_its_flags(finished, capsys):
     assert capsys.readouterr().err == f"error: --lr 0.2: the run in {finished[0]} has 0.1\n"
 
 
-def test_a_recipe_is_recorded_and_resumed(tmp_path, capsys):
+def test_a_recipe_is_recorded_and_resumed(tmp_path, capsys, no_pictures):
     folder = tmp_path / "run"
     arguments = [*SMALL, "--net", "net136k", "--recipe", "net136k", "--epochs", "1"]
     assert train.main([*arguments, "--out", str(folder)]) == 0
@@ -180,7 +180,7 @@ def test_a_resumed_run_keeps_its_data(finished, tmp_path, capsys):
     assert "trains on synthetic, not pets" in capsys.readouterr().err
 
 
-def test_repeats(tmp_path, capsys):
+def test_repeats(tmp_path, capsys, no_pictures):
     folder = tmp_path / "runs"
     arguments = [*SMALL, "--epochs", "1", "--repeat", "2", "--seed", "3", "--out", str(folder)]
     assert train.main(arguments) == 0
@@ -202,7 +202,7 @@ def test_other_augmentations(tmp_path, augment):
     assert {file.name for file in (tmp_path / "run").iterdir()} == FILES
 
 
-def test_without_a_network_it_says_so_twice(tmp_path, monkeypatch, capsys):
+def test_without_a_network_it_says_so_twice(tmp_path, monkeypatch, capsys, no_pictures):
     def unreachable(*_):
         raise TimeoutError("timed out")
 
@@ -285,7 +285,7 @@ BAD_FLAGS = [
     (["--border", "wrap"], "--border"),
     (["--dropout", "1"], "--dropout"),
     (["--holdout", "5000"], "--holdout"),
-    (["--resume", "nowhere"], "--resume nowhere"),
+    (["--resume", "nowhere"], "nowhere/config.json"),
     (["--epoch", "3"], "--epoch"),
     (["--out", "file/run"], "--out file/run"),
     (["--out", "file"], "--out file"),

@@ -8,6 +8,7 @@ import time
 import pytest
 import torch
 from processes import start, together
+from test_data import files, write_tar
 
 import checkpoint
 import data
@@ -16,8 +17,8 @@ import step
 import train
 
 CPU = torch.device("cpu")
-RUN = ["--data", "synthetic", "--train-images", "124", "--device", "cpu", "--batch-size", "40"]
-RUN += ["--epochs", "2", "--lr", "0.1", "--net", "net136k", "--precision", "fp32"]
+RUN = ["--device", "cpu", "--batch-size", "40", "--epochs", "2", "--lr", "0.1"]
+RUN += ["--net", "net136k", "--precision", "fp32"]
 
 
 def lines(folder):
@@ -25,9 +26,16 @@ def lines(folder):
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
+def run(tmp_path_factory):
+    """The flags of the run, on 124 training images."""
+    path = tmp_path_factory.mktemp("data") / "pets.tar"
+    return [*RUN, "--data", str(write_tar(path, files(train=62, test=20)))]
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory, run):
     folder = tmp_path_factory.mktemp("pair")
-    assert together(2, [*RUN, "--out", folder / "run"], folder) == [0, 0]
+    assert together(2, [*run, "--out", folder / "run"], folder) == [0, 0]
     return folder, [torch.load(folder / f"rank{r}.pt", weights_only=True) for r in (0, 1)]
 
 
@@ -46,9 +54,9 @@ def test_the_processes_end_with_the_same_net(pair):
     assert all(torch.equal(value, saved[name]) for name, value in one.items())
 
 
-def test_the_accuracy_is_that_of_one_process(pair):
+def test_the_accuracy_is_that_of_one_process(pair, run):
     net, _ = checkpoint.load_net(pair[0] / "run/model.pt")
-    dataset = data.load("synthetic", None, CPU, 124)
+    dataset = data.load(run[-1], None, CPU)
     net.to(memory_format=torch.channels_last)
     logits = step.predict_logits(net, dataset, "fp32")
     expected = report.accuracy(logits, dataset.test_labels)
@@ -62,15 +70,15 @@ def test_one_run_was_written(pair):
     assert json.loads((run / "config.json").read_text())["processes"] == 2
 
 
-def test_a_batch_that_cannot_be_shared(tmp_path):
-    codes = together(2, [*RUN, "--batch-size", "41", "--out", tmp_path / "run"], tmp_path)
+def test_a_batch_that_cannot_be_shared(tmp_path, run):
+    codes = together(2, [*run, "--batch-size", "41", "--out", tmp_path / "run"], tmp_path)
     assert codes == [2, 2]
     assert not (tmp_path / "run").exists()
 
 
-def test_resumed_by_another_number_of_processes(tmp_path):
+def test_resumed_by_another_number_of_processes(tmp_path, run):
     folder = tmp_path / "run"
-    process = start([*RUN, "--epochs", "3", "--out", folder])
+    process = start([*run, "--epochs", "3", "--out", folder])
     while not (folder / "metrics.jsonl").exists():
         assert process.is_alive()
         time.sleep(0.005)
@@ -83,11 +91,11 @@ def test_resumed_by_another_number_of_processes(tmp_path):
 
 
 @pytest.mark.slow
-def test_torchrun_and_a_process_that_dies(tmp_path):
+def test_torchrun_and_a_process_that_dies(tmp_path, run):
     """torchrun ends the job with an error, and one process goes on with it."""
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += ["--master-port=0", "train.py", *RUN, "--epochs", "40", "--out", str(folder)]
+    command += ["--master-port=0", "train.py", *run, "--epochs", "40", "--out", str(folder)]
     job = subprocess.Popen(
         command, cwd=train.__file__.rpartition("/")[0], stderr=subprocess.PIPE, text=True
     )

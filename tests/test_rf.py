@@ -9,7 +9,7 @@ import checkpoint
 import rf
 from model import build
 
-CONFIG = {"flags": {"data": "synthetic", "data_dir": "data", "train_images": 100, "holdout": 0}}
+CONFIG = {"flags": {"data": "synthetic", "data_dir": "data", "train_images": 100, "holdout": 60}}
 
 
 def test_json(capsys):
@@ -60,7 +60,7 @@ def run(tmp_path):
 def test_effective_field_of_a_run(run, capsys):
     assert rf.main(["--effective", str(run)]) == 0
     printed = capsys.readouterr().out
-    assert "net136k on 1,000 test images of synthetic" in printed
+    assert "net136k on 60 test images of synthetic" in printed
     assert "theoretical receptive field  73 pixels" in printed
     share = float(printed.split("inside 32×32")[1].split("%")[0])
     assert 0 < share < 100
