@@ -93,8 +93,9 @@ def draw_examples(path: Path, dataset: data.Dataset, examples: tuple[Tensor, Ten
 
 def announce(facts: dict[str, Any], dataset: data.Dataset, folder: Path) -> None:
     """Print what a run is about to do."""
+    processes = f", {facts['processes']} processes" if facts["processes"] > 1 else ""
     print(
-        f"device     {facts['device']}, {facts['precision']}\n"
+        f"device     {facts['device']}, {facts['precision']}{processes}\n"
         f"data       {dataset.name}: {len(dataset.train_images):,} training images, "
         f"{len(dataset.test_images):,} to test on ({facts['tested_on']})\n"
         f"net        {facts['net']}: {facts['parameters']:,} parameters, receptive field "

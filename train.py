@@ -32,13 +32,7 @@ import report
 import step
 from common import Terminated, UserError, exit_status, noting_sigterm
 from flags import describe_recipe, parse_flags, policy_of
-from machine import (
-    choose_device,
-    choose_precision,
-    device_name,
-    make_deterministic,
-    versions,
-)
+from machine import choose_device, choose_precision, device_name, make_deterministic, versions
 from optimise import Training, make_training
 
 HEADER = (

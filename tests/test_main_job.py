@@ -361,6 +361,23 @@ def test_flags_read_back():
     assert flags.policy_of(args).shift == 0.1
 
 
+def test_deterministic_algorithms_where_asked_for(tmp_path, no_pictures):
+    for extra, expected in (["--deterministic"], True), ([], False):
+        out = ["--epochs", "1", "--out", str(tmp_path / str(expected))]
+        assert train.main([*SMALL, *extra, *out]) == 0
+        assert torch.are_deterministic_algorithms_enabled() is expected
+
+
+@pytest.mark.gpu
+def test_the_same_bits_again_on_a_gpu(tmp_path, no_pictures):
+    for name in ("one", "two"):
+        out = ["--device", "cuda", "--deterministic", "--out", str(tmp_path / name)]
+        assert train.main([*SMALL, *out]) == 0
+    assert timeless(tmp_path / "one") == timeless(tmp_path / "two")
+    nets = [checkpoint.load(tmp_path / n / "model.pt")["state_dict"] for n in ("one", "two")]
+    assert all(torch.equal(value, nets[1][name]) for name, value in nets[0].items())
+
+
 @pytest.mark.gpu
 def test_on_a_gpu(tmp_path):
     arguments = [*SMALL, "--device", "cuda"]
