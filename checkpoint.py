@@ -5,6 +5,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -82,3 +83,21 @@ def load_data(run: Path, device: torch.device) -> data.Dataset:
         return data.load(source, folder, device, flags["train_images"], flags["holdout"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{run / 'config.json'} is damaged: {error}") from error
+
+
+def load_history(run: Path) -> list[dict[str, Any]]:
+    """The epochs of the run in a folder. Raises UserError where they are missing or damaged."""
+    path = run / "metrics.jsonl"
+    try:
+        return [dict(json.loads(line)) for line in path.read_text().splitlines()]
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is missing or damaged: {error}") from error
+
+
+def load_predictions(run: Path) -> np.ndarray:
+    """Its test logits float32 (N, classes); errors as above."""
+    path = run / "predictions.npy"
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} is missing or damaged: {error}") from error

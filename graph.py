@@ -105,12 +105,14 @@ class Layer:
 @dataclass(frozen=True)
 class Trace:
     """What a net is made of. `receptive_field` (y, x) and `fields` are those of the input of its
-    global pooling (`features` computes it), or of its output where nothing is pooled."""
+    global pooling, or of its output where nothing is pooled; `features` computes it from images,
+    `head` the net's output from it."""
 
     layers: list[Layer]
     receptive_field: tuple[int, int]
     fields: Fields
     features: fx.GraphModule
+    head: fx.GraphModule
 
     @property
     def multiply_adds(self) -> int:
@@ -143,7 +145,6 @@ def trace(module: nn.Module, input_shape: tuple[int, int, int] = (3, 32, 32)) ->
         elif node.op == "output":
             maps = [n for n in node.all_input_nodes if _slides(fields[n])]
             last = maps[-1] if maps else last
-            output = node
         else:
             target = graph.get_submodule(node.target) if node.op == "call_module" else node.target
             fields[node] = _fields_behind(node, target, fields, input_shape)
@@ -154,10 +155,26 @@ def trace(module: nn.Module, input_shape: tuple[int, int, int] = (3, 32, 32)) ->
                 layers.append(_layer(node, target, fields[node]))
     if last is None:
         raise UserError("receptive field: the net's output does not depend on its input's pixels")
-    output.args = (last,)
-    graph.graph.eliminate_dead_code()
-    graph.recompile()
-    return Trace(layers, _size(fields[last], _shape(last)), fields[last], graph)
+    size = _size(fields[last], _shape(last))
+    return Trace(layers, size, fields[last], *_cut(graph, last.name))
+
+
+def _cut(graph: fx.GraphModule, name: str) -> tuple[fx.GraphModule, fx.GraphModule]:
+    """What comes before the end of the node `name`, and what comes behind it."""
+    before, behind = copy.deepcopy(graph), copy.deepcopy(graph)
+    *_, output = before.graph.nodes
+    output.args = (next(node for node in before.graph.nodes if node.name == name),)
+    last = next(node for node in behind.graph.nodes if node.name == name)
+    images = next(node for node in behind.graph.nodes if node.op == "placeholder")
+    with behind.graph.inserting_after(images):
+        last.replace_all_uses_with(behind.graph.placeholder("maps"))
+    for part in (before, behind):
+        part.graph.eliminate_dead_code()
+    if not images.users:
+        behind.graph.erase_node(images)
+    for part in (before, behind):
+        part.recompile()
+    return before, behind
 
 
 def _fields_behind(

@@ -1,16 +1,27 @@
-"""Every picture of a run."""
+"""Every picture of a run, and of several beside each other.
 
+python plots.py RUN [RUN…] [--images 3 17 …]
+"""
+
+import sys
 from pathlib import Path
 from typing import Any
 
 import matplotlib
 import numpy as np
+import torch
+import torch.nn.functional as F
 from matplotlib.figure import Figure
 
-from common import written_whole
+import checkpoint
+import data
+from common import Parser, UserError, exit_status, written_whole
+
+Panel = tuple[str, np.ndarray, np.ndarray, np.ndarray]
 
 # The colour-blind-safe colours of Okabe and Ito.
-BLUE, ORANGE, GREEN = "#0072B2", "#D55E00", "#009E73"
+OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+BLUE, ORANGE, GREEN = OKABE_ITO[:3]
 matplotlib.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3})
 matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
 
@@ -61,8 +72,7 @@ def mistakes(
     path: Path, images: np.ndarray, labels: np.ndarray, logits: np.ndarray, classes: list[str]
 ) -> None:
     """The 32 misclassified test images uint8 (N, H, W, 3) of which the net was surest."""
-    shifted = logits - logits.max(1, keepdims=True)
-    probabilities = np.exp(shifted) / np.exp(shifted).sum(1, keepdims=True)
+    probabilities = _softmax(logits)
     predicted = logits.argmax(1)
     wrong = np.flatnonzero(predicted != labels)
     wrong = wrong[np.argsort(-probabilities[wrong].max(1), kind="stable")]
@@ -97,6 +107,166 @@ def confusion(path: Path, labels: np.ndarray, logits: np.ndarray, classes: list[
     _save(figure, path)
 
 
+def per_class(path: Path, labels: np.ndarray, logits: np.ndarray, classes: list[str]) -> None:
+    """Accuracy of each class, and of each tenth of confidence (Guo et al. 2017, "On Calibration of
+    Modern Neural Networks")."""
+    probabilities = _softmax(logits)
+    predicted, confidence = probabilities.argmax(1), probabilities.max(1)
+    right = predicted == labels
+    figure = Figure(figsize=(10, 3.6), layout="constrained")
+    left, middle = figure.subplots(1, 2)
+    accuracies = np.array(
+        [right[labels == k].mean() if (labels == k).any() else 0 for k in range(len(classes))]
+    )
+    order = accuracies.argsort()
+    bars = left.barh([classes[k] for k in order], 100 * accuracies[order], color=BLUE)
+    left.bar_label(bars, fmt="%.1f", padding=2, fontsize=7)
+    left.set_xlim(0, 110)
+    left.set_xlabel("test accuracy, %")
+    tenths = np.minimum((10 * confidence).astype(int), 9)
+    filled = [k for k in range(10) if (tenths == k).any()]
+    means = [
+        (100 * confidence[tenths == k].mean(), 100 * right[tenths == k].mean()) for k in filled
+    ]
+    error = sum(abs(c - a) * (tenths == k).mean() for k, (c, a) in zip(filled, means, strict=True))
+    middle.plot([0, 100], [0, 100], color="grey", linestyle=":", label="perfect")
+    middle.plot(*zip(*means, strict=True), color=ORANGE, marker="o", label="the net, by tenths")
+    middle.set_xlabel("mean confidence, %")
+    middle.set_ylabel("accuracy, %")
+    middle.set_title(f"expected calibration error {error:.1f} points")
+    middle.legend(loc="upper left")
+    _save(figure, path)
+
+
+def comparison(path: Path, histories: dict[str, list[dict[str, Any]]]) -> None:
+    """Test accuracy of several runs, from the lines of their `metrics.jsonl`."""
+    figure = Figure(figsize=(10, 3.8), layout="constrained")
+    left, right = figure.subplots(1, 2, sharey=True)
+    for index, (name, history) in enumerate(histories.items()):
+        accuracies = [100 * line["test_accuracy"] for line in history]
+        style = {"color": OKABE_ITO[index % 7], "linestyle": ("-", "--", ":")[index // 7 % 3]}
+        style |= {"marker": "o" if len(history) == 1 else None}
+        left.plot([line["epoch"] for line in history], accuracies, label=name, **style)
+        right.plot(np.cumsum([line["seconds"] for line in history]), accuracies, **style)
+    left.set_xlabel("epoch")
+    left.set_ylabel("test accuracy, %")
+    right.set_xlabel("seconds of training, evaluation left out")
+    left.legend(loc="lower right", fontsize=7)
+    _save(figure, path)
+
+
+def attention(path: Path, panels: list[Panel]) -> None:
+    """For each test image its caption, the image uint8 (H, W, 3), its Grad-CAM and its effective
+    receptive field, both (H, W) from 0 to 1, side by side."""
+    figure = Figure(figsize=(6.4, 2.1 * len(panels) + 0.5), layout="constrained")
+    grid = figure.subplots(len(panels), 3, squeeze=False)
+    for row, (caption, image, cam, field) in zip(grid, panels, strict=True):
+        for axes, over, title in zip(
+            row,
+            (None, cam, field),
+            (caption, "Grad-CAM", "effective field, central unit"),
+            strict=True,
+        ):
+            axes.axis("off")
+            axes.imshow(image if over is None else image.mean(2), cmap="gray")
+            if over is not None:
+                axes.imshow(over, cmap="viridis", alpha=0.6, vmin=0, vmax=1)
+            axes.set_title(title, fontsize=8)
+    _save(figure, path)
+
+
+def draw_run(
+    folder: Path,
+    title: str,
+    dataset: data.Dataset,
+    logits: np.ndarray,
+    history: list[dict[str, Any]],
+) -> None:
+    """All that a run's metrics and test logits (N, classes) show."""
+    labels = dataset.test_labels.cpu().numpy()
+    images = dataset.test_images.permute(0, 2, 3, 1).cpu().numpy()
+    curves(folder / "curves.png", history, title)
+    confusion(folder / "confusion.png", labels, logits, dataset.classes)
+    mistakes(folder / "mistakes.png", images, labels, logits, dataset.classes)
+    per_class(folder / "classes.png", labels, logits, dataset.classes)
+
+
+def attention_panels(run: Path, dataset: data.Dataset, numbers: list[int]) -> list[Panel]:
+    """Of the test images with these numbers: Grad-CAM of the predicted class (Selvaraju et al.
+    2017) and the central unit's effective receptive field, both before the global pooling."""
+    import graph
+    import rf
+
+    net, _ = checkpoint.load_net(run / "model.pt")
+    traced = graph.trace(net)
+    inputs = data.normalize(dataset.test_images[numbers], dataset.mean, dataset.std)
+    maps = traced.features(inputs).detach().requires_grad_()
+    logits = traced.head(maps)
+    predicted = logits.argmax(1)
+    (gradient,) = torch.autograd.grad(logits.gather(1, predicted.unsqueeze(1)).sum(), maps)
+    cams = (gradient.mean((2, 3), keepdim=True) * maps).sum(1, keepdim=True).relu().detach()
+    cams = F.interpolate(cams, (data.SIZE, data.SIZE), mode="bilinear").squeeze(1)
+    panels = []
+    for position, number in enumerate(numbers):
+        heat = rf.effective_receptive_field(traced.features, inputs[position : position + 1])
+        true, taken = (
+            dataset.classes[int(k)] for k in (dataset.test_labels[number], predicted[position])
+        )
+        overlays = [(x / x.max().clamp(min=1e-12)).numpy() for x in (cams[position], heat)]
+        image = dataset.test_images[number].permute(1, 2, 0).numpy()
+        panels.append((f"{number}: {true} as {taken}", image, *overlays))
+    return panels
+
+
+def redraw(run: Path, numbers: list[int] | None) -> list[dict[str, Any]]:
+    """Draw a run's pictures again from its files; its history."""
+    dataset = checkpoint.load_data(run, torch.device("cpu"))
+    count = len(dataset.test_images)
+    numbers = list(range(0, count, -(-count // 6))) if numbers is None else numbers
+    for number in numbers:
+        if not 0 <= number < count:
+            raise UserError(
+                f"--images {number}: {dataset.name} has {count:,} test images, from 0 on"
+            )
+    history, logits = checkpoint.load_history(run), checkpoint.load_predictions(run)
+    if len(logits) != count:
+        raise UserError(
+            f"{run / 'predictions.npy'} is not of {dataset.name}'s {count:,} test images"
+        )
+    draw_run(run, run.name, dataset, logits, history)
+    attention(run / "attention.png", attention_panels(run, dataset, numbers))
+    return history
+
+
+def main(argv: list[str]) -> int:
+    """The exit status: 0, or 2 for a user's mistake."""
+
+    def job() -> None:
+        parser = Parser(prog="plots.py", description="Draw runs again, and several side by side.")
+        parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="runs' folders")
+        parser.add_argument(
+            "--images", type=int, nargs="+", help="test images to look into, by number"
+        )
+        parser.add_argument("--out", type=Path, default="comparison.png", help="of several runs")
+        args = parser.parse_args(argv)
+        histories = {str(run): redraw(run, args.images) for run in dict.fromkeys(args.runs)}
+        if len(histories) > 1:
+            comparison(args.out, histories)
+        for run in args.runs:
+            print(f"drawn: {run}/*.png")
+
+    return exit_status(job)
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = np.exp(logits - logits.max(1, keepdims=True))
+    return shifted / shifted.sum(1, keepdims=True)
+
+
 def _save(figure: Figure, path: Path) -> None:
     with written_whole(path) as file:
         figure.savefig(file, format="png", dpi=120)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

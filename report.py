@@ -44,6 +44,8 @@ def write_outcome(
     `predictions` are logits (N, classes) of the test images, plain and averaged with their mirror
     images'; `examples` training images as the net gets them, float32 (N, 3, 32, 32), and labels.
     """
+    import plots
+
     logits, flipped = predictions
     with written_whole(folder / "predictions.npy") as file:
         np.save(file, logits.cpu().numpy())
@@ -56,27 +58,19 @@ def write_outcome(
         "state_dict": {key: value.cpu() for key, value in net.state_dict().items()},
     }
     checkpoint.save(folder / "model.pt", content)
-    draw(folder, f"{args.net} on {dataset.name}, seed {args.seed}", logits, dataset, history)
+    title = f"{args.net} on {dataset.name}, seed {args.seed}"
+    plots.draw_run(folder, title, dataset, logits.cpu().numpy(), history)
     draw_examples(folder / "augmented.png", dataset, examples)
     best = max(history, key=lambda line: line["test_accuracy"])
+    right, labels = logits.argmax(1) == dataset.test_labels, dataset.test_labels
+    shares = [right[labels == k].float().mean().item() for k in range(len(dataset.classes))]
     return {
+        "class_accuracy": dict(zip(dataset.classes, shares, strict=True)),
         "final_accuracy": accuracy(logits, dataset.test_labels),
         "best_accuracy": best["test_accuracy"],
         "best_epoch": best["epoch"],
         "flip_accuracy": accuracy(flipped, dataset.test_labels),
     }
-
-
-def draw(
-    folder: Path, title: str, logits: Tensor, dataset: data.Dataset, history: list[dict[str, Any]]
-) -> None:
-    import plots
-
-    labels, scores = dataset.test_labels.cpu().numpy(), logits.cpu().numpy()
-    images = dataset.test_images.permute(0, 2, 3, 1).cpu().numpy()
-    plots.curves(folder / "curves.png", history, title)
-    plots.confusion(folder / "confusion.png", labels, scores, dataset.classes)
-    plots.mistakes(folder / "mistakes.png", images, labels, scores, dataset.classes)
 
 
 def draw_examples(path: Path, dataset: data.Dataset, examples: tuple[Tensor, Tensor]) -> None:
@@ -118,6 +112,44 @@ def show(summary: dict[str, Any]) -> None:
         if reached:
             when = f"reached in epoch {reached['epoch']}, {reached['seconds']:.1f} s of training"
         print(f"target {summary['target']:<14.2%} {when}")
+
+
+def write_card(folder: Path, summary: dict[str, Any], flags: dict[str, Any]) -> None:
+    """The model card, `card.md`: what was trained how on what, and how good it is."""
+    shares = "\n".join(
+        f"| {name} | {share:.1%} |" for name, share in summary["class_accuracy"].items()
+    )
+    changed = ", ".join(f"`{key} {value}`" for key, value in flags.items() if value is not None)
+    text = f"""# {summary["net"]} on {summary["data"]}
+
+A convolutional net for 32×32 colour images, trained and tested on `{summary["data"]}`; on other
+images, sizes and cameras it was not.
+
+| | |
+|---|---|
+| accuracy on the {summary["tested_on"]}, last epoch | {summary["final_accuracy"]:.2%} |
+| … averaged with the mirror image | {summary["flip_accuracy"]:.2%} |
+| … best epoch, {summary["best_epoch"]} | {summary["best_accuracy"]:.2%} |
+| parameters | {summary["parameters"]:,} |
+| multiply-adds an image | {summary["multiply_adds"]:,} |
+| theoretical receptive field | {summary["receptive_field"]} pixels |
+| epochs, seed | {summary["epochs"]}, {summary["seed"]} |
+| recipe | {summary["recipe"] or "train.py's own"} |
+| trained on | {summary["device"]}, {summary["precision"]}, {summary["total_seconds"]:.0f} s |
+| versions | {", ".join(f"{k} {v}" for k, v in summary["versions"].items())} |
+
+```
+{summary["command"]}
+```
+
+| class | accuracy |
+|---|---|
+{shares}
+
+Every flag: {changed}.
+"""
+    with written_whole(folder / "card.md") as file:
+        file.write(text.encode())
 
 
 def write_repeats(folder: Path, summaries: list[dict[str, Any]]) -> None:

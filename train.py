@@ -242,6 +242,7 @@ def run(args: Namespace, argv: list[str], dataset: data.Dataset, start: float) -
         "epochs": args.epochs,
         **facts,
     }
+    report.write_card(folder, summary, vars(args))
     report.write_json(folder / "summary.json", summary)
     report.show(summary)
     return summary

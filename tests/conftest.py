@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import data
+import plots
 import report
 import synthetic
 
@@ -41,7 +42,7 @@ def _generated_once():
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Drawing takes longer than the small runs of the tests."""
-    monkeypatch.setattr(report, "draw", lambda *_: None)
+    monkeypatch.setattr(plots, "draw_run", lambda *_: None)
     monkeypatch.setattr(report, "draw_examples", lambda *_: None)
 
 

@@ -25,6 +25,8 @@ FILES = {
     "config.json",
     "metrics.jsonl",
     "summary.json",
+    "card.md",
+    "classes.png",
     "predictions.npy",
     "model.pt",
     "last.pt",
@@ -92,6 +94,24 @@ def test_summary_agrees_with_the_predictions(finished):
     assert summary["total_seconds"] > summary["training_seconds"] > 0
     assert summary["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert summary["device"].startswith("CPU")
+
+
+def test_the_card(finished):
+    folder, _ = finished
+    summary = json.loads((folder / "summary.json").read_text())
+    card = (folder / "card.md").read_text()
+    assert card.startswith("# atrous on synthetic\n")
+    for fact in ("final_accuracy", "flip_accuracy", "best_accuracy"):
+        assert f"| {summary[fact]:.2%} |" in card
+    for fact in ("parameters", "multiply_adds"):
+        assert f"| {summary[fact]:,} |" in card
+    assert summary["command"] in card
+    assert f"| {summary['receptive_field']} pixels |" in card
+    logits = np.load(folder / "predictions.npy").argmax(1)
+    dataset = train.data.load("synthetic", None, torch.device("cpu"), 120, 100)
+    for index, name in enumerate(dataset.classes):
+        share = (logits == index)[dataset.test_labels.numpy() == index].mean()
+        assert f"| {name} | {share:.1%} |" in card
 
 
 def test_the_saved_net_predicts_what_the_run_did(finished):

@@ -1,7 +1,13 @@
+import json
+
 import numpy as np
 import pytest
+import torch
 from PIL import Image
+from torch import nn
 
+import checkpoint
+import data
 import plots
 
 LINE = {"lr": 0.1, "train_loss": 1.0, "train_accuracy": 0.5, "test_loss": 0.9, "test_accuracy": 0.6}
@@ -54,3 +60,95 @@ def test_mistakes(tmp_path, monkeypatch, wrong):
         assert (seen["images"][0] == images[wrong - 1]).all()
         assert seen["captions"][0].startswith("cat\nas dog (")
     assert (tmp_path / "mistakes.png").exists()
+
+
+def test_per_class_accuracy_and_calibration(tmp_path, monkeypatch):
+    seen = {}
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.set_title", lambda self, text, **_: seen.update(t=text)
+    )
+    labels = np.array([0] * 8 + [1] * 2)
+    logits = np.log([[0.8, 0.2]] * 10)  # of confidence 80 %, right in 80 %
+    plots.per_class(tmp_path / "classes.png", labels, logits, ["cat", "dog"])
+    assert seen["t"] == "expected calibration error 0.0 points"
+    logits = np.log([[0.95, 0.05]] * 10)
+    plots.per_class(tmp_path / "classes.png", labels, logits, ["cat", "dog"])
+    assert seen["t"] == "expected calibration error 15.0 points"
+    assert is_picture(tmp_path / "classes.png")
+
+
+class Brightest(nn.Module):
+    """Two maps, the image's red and green; their means are the logits."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 2, 1, bias=False)
+        self.conv.weight.data = torch.eye(3)[:2].view(2, 3, 1, 1)
+
+    def forward(self, x):
+        return self.conv(x).mean((2, 3))
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run's folder; test image 1 is green in its lower right corner."""
+    dataset = data.load("synthetic", None, torch.device("cpu"), 100, 60)
+    dataset.test_images[1] = 0
+    dataset.test_images[1, 1, 20:, 20:] = 255
+    monkeypatch.setattr(checkpoint, "load_data", lambda *_: dataset)
+    monkeypatch.setattr(checkpoint, "load_net", lambda _: (Brightest(), {}))
+    np.save(tmp_path / "predictions.npy", np.eye(10, dtype=np.float32)[[*range(10)] * 6])
+    line = json.dumps({"epoch": 1, "seconds": 2.0, **LINE})
+    (tmp_path / "metrics.jsonl").write_text(line + "\n" + line + "\n")
+    return tmp_path
+
+
+def test_grad_cam_lights_up_what_was_predicted(run):
+    dataset = checkpoint.load_data(run)
+    ((caption, image, cam, field),) = plots.attention_panels(run, dataset, [1])
+    assert caption.endswith(f"as {dataset.classes[1]}")
+    assert image.shape == (32, 32, 3)
+    assert cam[24:, 24:].min() > 0.9
+    assert cam[:16].max() == cam[:, :16].max() == cam[0, 0]  # evenly dark elsewhere
+    assert cam[0, 0] < 0.5
+    assert np.argwhere(field).tolist() == [[16, 16]]
+
+
+def test_a_run_is_drawn_again(run, capsys):
+    assert plots.main([str(run), "--images", "1", "5"]) == 0
+    for name in ("curves", "confusion", "mistakes", "classes", "attention"):
+        assert is_picture(run / f"{name}.png"), name
+    assert not (run.parent / "comparison.png").exists()
+
+
+def test_runs_side_by_side(run, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        "matplotlib.axes.Axes.plot", lambda self, x, y, **_: seen.append((list(x), y))
+    )
+    plots.comparison(tmp_path / "c.png", {"one": checkpoint.load_history(run)})
+    assert seen == [([1, 1], [60, 60]), ([2, 4], [60, 60])]  # epochs, and summed seconds
+    monkeypatch.undo()
+    monkeypatch.setattr(plots, "redraw", lambda run, _: checkpoint.load_history(run))
+    assert plots.main([str(run), f"{run}/", "--out", str(tmp_path / "d.png")]) == 0
+    assert not (tmp_path / "d.png").exists()  # it is one and the same
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes())
+    assert plots.main([str(run), str(other), "--out", str(tmp_path / "d.png")]) == 0
+    assert is_picture(tmp_path / "d.png")
+
+
+def test_mistakes_of_the_user_are_one_line(run, capsys):
+    def error(*arguments):
+        assert plots.main([*map(str, arguments)]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        return line
+
+    assert "--images 60: synthetic has 60 test images" in error(run, "--images", "60")
+    np.save(run / "predictions.npy", np.zeros((3, 10)))
+    assert "predictions.npy is not of" in error(run)
+    (run / "predictions.npy").write_bytes(b"no array")
+    assert "predictions.npy is missing or damaged" in error(run)
+    (run / "metrics.jsonl").write_text("{")
+    assert "metrics.jsonl is missing or damaged" in error(run)

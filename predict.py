@@ -1,0 +1,128 @@
+"""Classify image files with a trained net.
+
+python predict.py RUN IMAGE… [--top 3] [--json]
+"""
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Iterator, Sequence
+from io import BytesIO
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+import checkpoint
+import data
+import step
+from common import Parser, exit_status
+from flags import number
+from machine import DEVICES, choose_device
+
+BATCH = 256
+
+
+def to_pixels(image: Image.Image) -> np.ndarray:
+    """RGB uint8 (32, 32, 3) of an image of any size and mode: turned as its EXIF says, on white
+    where it is transparent, its central square, resized with anti-aliasing."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":  # Pillow would clip 16 bits at 255
+        levels = np.asarray(image, dtype=np.float32)
+        levels /= 257 if levels.max() > 255 else 1
+        image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    size = (data.SIZE, data.SIZE)
+    return np.asarray(ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS))
+
+
+def named_files(arguments: list[str]) -> Iterator[tuple[str, Path | BytesIO]]:
+    """Every file that the arguments name: of a folder all with the extension of an image, and
+    standard input for `-`."""
+    for argument in arguments:
+        path = Path(argument)
+        if argument == "-":
+            yield "-", BytesIO(sys.stdin.buffer.read())
+        elif path.is_dir():
+            known = Image.registered_extensions()
+            for file in sorted(path.rglob("*")):
+                if file.suffix.lower() in known and file.is_file():
+                    yield str(file), file
+        else:
+            yield argument, path
+
+
+def readable(arguments: list[str], failed: list[str]) -> Iterator[tuple[str, np.ndarray]]:
+    """Names and pixels; what cannot be read is reported and its name goes to `failed`."""
+    for name, file in named_files(arguments):
+        try:
+            with Image.open(file) as image:
+                yield name, to_pixels(image)
+        except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and others
+            print(f"skipped: {name}: {' '.join(str(error).split())}", file=sys.stderr)
+            failed.append(name)
+
+
+def probabilities(
+    net: nn.Module, pixels: Sequence[np.ndarray], mean: Tensor, std: Tensor
+) -> Tensor:
+    """Of each class, float32 (N, classes) on the CPU, for images uint8 (32, 32, 3)."""
+    images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(mean.device)
+    with torch.inference_mode():
+        return step.forward(net, data.normalize(images, mean, std), "fp32").softmax(1).cpu()
+
+
+def classify(args: Namespace) -> bool:
+    """Print what the net takes each image for; whether every file could be read."""
+    device = choose_device(args.device)
+    net, content = checkpoint.load_net(args.run / "model.pt")
+    net.to(device, memory_format=torch.channels_last)
+    classes = content["classes"]
+    mean, std = (torch.tensor(content[key], device=device) for key in ("mean", "std"))
+    failed: list[str] = []
+    images = readable(args.images, failed)
+    results = []
+    while batch := list(islice(images, BATCH)):
+        names, pixels = zip(*batch, strict=True)
+        top = probabilities(net, pixels, mean, std).topk(min(args.top, len(classes)))
+        best = zip(top.values.tolist(), top.indices.tolist(), strict=True)
+        for name, (shares, indices) in zip(names, best, strict=True):
+            pairs = zip(indices, shares, strict=True)
+            results.append((name, [{"class": classes[i], "probability": p} for i, p in pairs]))
+    if args.json:
+        print(json.dumps([{"image": name, "predictions": best} for name, best in results]))
+        return not failed
+    width = max((len(name) for name, _ in results), default=0)
+    widest = max(map(len, classes))
+    for name, best in results:
+        cells = (f"{one['class']:>{widest}} {one['probability']:6.1%}" for one in best)
+        print(f"{name:<{width}}", *cells, sep="  ")
+    return not failed
+
+
+def main(argv: list[str]) -> int:
+    """The exit status: 0, 1 where a file was skipped, 2 for a user's mistake."""
+    skipped = False
+
+    def job() -> None:
+        nonlocal skipped
+        parser = Parser(prog="predict.py", description="Classify images with a trained net.")
+        parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
+        parser.add_argument(
+            "images", metavar="IMAGE", nargs="+", help="files, folders, - for stdin"
+        )
+        parser.add_argument("--top", type=number(int, 1), default=3, help="so many classes each")
+        parser.add_argument("--json", action="store_true", help="as JSON, nothing else")
+        parser.add_argument("--device", choices=DEVICES, default="auto")
+        skipped = not classify(parser.parse_args(argv))
+
+    return exit_status(job) or int(skipped)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

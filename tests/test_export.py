@@ -1,0 +1,85 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import data
+import export
+import step
+from model import build
+
+for package in ("onnx", "onnxscript", "onnxruntime"):
+    pytest.importorskip(package, reason="pip install -r requirements-extra.txt")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run's folder with a net in it whose BatchNorm has seen the images."""
+    folder = tmp_path_factory.mktemp("run")
+    torch.manual_seed(0)
+    dataset = data.load("synthetic", None, torch.device("cpu"), 200, 200)
+    net = build("net136k", 10)
+    net(data.normalize(dataset.train_images, dataset.mean, dataset.std))
+    content = {"net": "net136k", "num_classes": 10, "classes": dataset.classes}
+    content |= {"mean": dataset.mean.tolist(), "std": dataset.std.tolist()}
+    checkpoint.save(folder / "model.pt", content | {"state_dict": net.state_dict()})
+    flags = {"data": "synthetic", "data_dir": "data", "train_images": 200, "holdout": 200}
+    (folder / "config.json").write_text(json.dumps({"flags": flags}))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def exported(run):
+    assert export.main([str(run), "--int8"]) == 0
+    return run
+
+
+def test_probabilities_of_any_batch(exported):
+    dataset = checkpoint.load_data(exported, torch.device("cpu"))
+    net, _ = checkpoint.load_net(exported / "model.pt")
+    expected = step.predict_logits(net, dataset, "fp32").softmax(1).numpy()
+    classify = export.session((exported / "model.onnx").read_bytes())
+    images = dataset.test_images.numpy()
+    for some in (slice(0, 1), slice(1, 8), slice(0, 200)):
+        np.testing.assert_allclose(classify(images[some]), expected[some], atol=1e-5)
+    rough = export.session((exported / "model.int8.onnx").read_bytes())(images)
+    assert rough.sum(1) == pytest.approx(np.ones(200), abs=0.02)
+    assert np.abs(rough - expected).mean() < 0.05
+
+
+def test_the_file_describes_itself(exported):
+    import onnxruntime
+
+    runtime = onnxruntime.InferenceSession(exported / "model.onnx")
+    (images,), (probabilities,) = runtime.get_inputs(), runtime.get_outputs()
+    assert (images.name, images.type, images.shape[1:]) == ("images", "tensor(uint8)", [3, 32, 32])
+    assert isinstance(images.shape[0], str)  # any batch
+    assert probabilities.name == "probabilities"
+    stored = runtime.get_modelmeta().custom_metadata_map
+    assert len(json.loads(stored["classes"])) == 10
+    assert json.loads(stored["net"]) == "net136k"
+
+
+def test_int8_is_smaller(exported):
+    sizes = [(exported / name).stat().st_size for name in ("model.onnx", "model.int8.onnx")]
+    assert sizes[1] < 0.6 * sizes[0] < 600_000
+
+
+def test_what_differs_is_not_written(run, tmp_path, capsys, monkeypatch):
+    for name in ("model.pt", "config.json"):
+        (tmp_path / name).write_bytes((run / name).read_bytes())
+    monkeypatch.setattr(export, "TOLERANCE", -1)
+    assert export.main([str(tmp_path)]) == 2
+    assert "nothing is written" in capsys.readouterr().err
+    assert not list(tmp_path.glob("*.onnx"))
+
+
+def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
+    assert export.main([str(tmp_path)]) == 2
+    assert "model.pt is not there" in capsys.readouterr().err
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    assert export.main([str(tmp_path)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "error: onnx is missing: pip install -r requirements-extra.txt"

@@ -1,0 +1,164 @@
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import checkpoint
+import predict
+from model import build
+
+CLASSES = ["red", "green", "blue"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run whose net tells the strongest colour: its logits are the channels' means."""
+    folder = tmp_path_factory.mktemp("run")
+    net = build("net136k", 3)
+    content = {"net": "net136k", "num_classes": 3, "classes": CLASSES}
+    content |= {"mean": [127.5] * 3, "std": [64.0] * 3, "state_dict": net.state_dict()}
+    checkpoint.save(folder / "model.pt", content)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def strongest_colour(monkeypatch):
+    monkeypatch.setattr(predict.step, "forward", lambda net, x, _: 4 * x.mean((2, 3)))
+
+
+def save(path, colour, mode="RGB", size=(32, 32), **options):
+    Image.new(mode, size, colour).save(path, **options)
+    return str(path)
+
+
+def classified(capsys, *arguments):
+    status = predict.main([*map(str, arguments), "--json", "--device", "cpu"])
+    printed = capsys.readouterr()
+    results = {one["image"]: one["predictions"] for one in json.loads(printed.out)}
+    return status, results, printed.err
+
+
+def test_any_size_and_mode(run, tmp_path, capsys):
+    files = {
+        save(tmp_path / "a.png", (250, 9, 9), size=(640, 480)): "red",
+        save(tmp_path / "b.jpg", (9, 250, 9), size=(7, 90)): "green",
+        save(tmp_path / "c.png", (9, 9, 250, 255), "RGBA"): "blue",
+        save(tmp_path / "d.gif", (9, 250, 9), size=(100, 3)): "green",
+        save(tmp_path / "e.jpg", (255, 0, 255, 0), "CMYK"): "green",
+        save(tmp_path / "f.bmp", (250, 9, 9)): "red",
+    }
+    status, results, error = classified(capsys, run, *files)
+    assert (status, error) == (0, "")
+    assert {name: best[0]["class"] for name, best in results.items()} == files
+    for best in results.values():
+        assert [set(one) for one in best] == [{"class", "probability"}] * 3
+        values = [one["probability"] for one in best]
+        assert values == sorted(values, reverse=True)
+        assert sum(values) == pytest.approx(1, abs=1e-5)
+
+
+def pixels(image, **options):
+    file = io.BytesIO()
+    image.save(file, "PNG" if not options else "JPEG", **options)
+    return predict.to_pixels(Image.open(io.BytesIO(file.getvalue()))).astype(int)
+
+
+def test_what_the_net_gets():
+    assert pixels(Image.new("RGBA", (50, 50), (255, 0, 0, 0)))[5, 5].tolist() == [255] * 3  # white
+    assert pixels(Image.new("L", (9, 9), 77))[5, 5].tolist() == [77] * 3
+    assert pixels(Image.new("1", (9, 9), 1))[5, 5].tolist() == [255] * 3
+    deep = Image.fromarray(np.full((40, 40), 257 * 99, dtype=np.uint16))
+    assert pixels(deep)[5, 5].tolist() == [99] * 3
+    palette = Image.new("P", (32, 32), 0)
+    palette.info["transparency"] = 0
+    assert pixels(palette)[5, 5].tolist() == [255] * 3
+
+
+def test_the_central_square_is_resized_with_anti_aliasing():
+    wide = np.zeros((64, 128, 3), dtype=np.uint8)
+    wide[:, :32], wide[:, 96:] = 255, 255  # outside of the central square
+    assert pixels(Image.fromarray(wide))[:, 1:-1].max() < 30
+    checks = (np.indices((320, 320)).sum(0) % 2 * 255).astype(np.uint8)
+    grey = pixels(Image.fromarray(checks))
+    assert abs(grey - 127).max() < 12
+
+
+def test_exif_rotation_is_honoured():
+    image = Image.new("RGB", (64, 64))
+    image.paste((255, 255, 255), (0, 0, 64, 32))  # the upper half
+    exif = Image.Exif()
+    exif[274] = 6  # turn by 90° clockwise
+    turned = pixels(image, exif=exif, quality=95)
+    assert turned[:, 20:].min() > 200
+    assert turned[:, :12].max() < 55
+
+
+def test_folders_and_standard_input(run, tmp_path, capsys, monkeypatch):
+    (tmp_path / "in").mkdir()
+    save(tmp_path / "in/x.png", (250, 9, 9))
+    save(tmp_path / "y.JPG", (9, 250, 9), format="JPEG")
+    (tmp_path / "notes.txt").write_text("no image, and not taken for one")
+    file = io.BytesIO()
+    Image.new("RGB", (32, 32), (9, 9, 250)).save(file, "PNG")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(file.getvalue())))
+    status, results, _ = classified(capsys, run, tmp_path, "-")
+    assert status == 0
+    assert [(Path(name).name, best[0]["class"]) for name, best in results.items()] == [
+        ("x.png", "red"),
+        ("y.JPG", "green"),
+        ("-", "blue"),
+    ]
+
+
+def test_a_bad_file_is_skipped(run, tmp_path, capsys):
+    good = save(tmp_path / "good.png", (9, 250, 9))
+    bad = tmp_path / "bad.png"
+    bad.write_bytes(Path(good).read_bytes()[:60])
+    status, results, error = classified(capsys, run, bad, good, tmp_path / "gone.png")
+    assert status == 1
+    assert list(results) == [good]
+    first, second = error.splitlines()
+    assert first.startswith(f"skipped: {bad}: ")
+    assert "gone.png" in second
+
+
+def test_text_is_aligned_and_in_batches(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(predict, "BATCH", 2)
+    names = [save(tmp_path / f"{'x' * k}.png", (9, 250, 9)) for k in range(1, 6)]
+    assert predict.main([str(run), *names, "--top", "2", "--device", "cpu"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == names
+    assert len({len(line) for line in lines}) == 1
+    assert all(line.split()[1] == "green" for line in lines)
+    assert all(line.count("%") == 2 for line in lines)
+
+
+def test_mistakes_are_one_line(run, tmp_path, capsys):
+    for arguments in (
+        [str(run)],
+        [str(tmp_path / "nowhere"), "x.png"],
+        [str(run), "x", "--top", "0"],
+    ):
+        assert predict.main(arguments) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+
+
+def test_as_a_command(run, tmp_path):
+    """The net itself, in a process of its own."""
+    name = save(tmp_path / "a.png", (250, 9, 9))
+    command = [sys.executable, "predict.py", str(run), name, "--json"]
+    folder = Path(predict.__file__).parent
+    result = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=True)
+    (one,) = json.loads(result.stdout)
+    net, _ = checkpoint.load_net(run / "model.pt")
+    inputs = (torch.tensor([250.0, 9, 9]).view(1, 3, 1, 1).expand(1, 3, 32, 32) - 127.5) / 64
+    with torch.no_grad():
+        expected = net(inputs).softmax(1).max().item()
+    assert one["predictions"][0]["probability"] == pytest.approx(expected, abs=1e-4)
