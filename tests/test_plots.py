@@ -3,6 +3,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from PIL import Image
 from torch import nn
 
@@ -123,9 +124,13 @@ def test_a_run_is_drawn_again(run, capsys):
 
 def test_runs_side_by_side(run, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(
-        "matplotlib.axes.Axes.plot", lambda self, x, y, **_: seen.append((list(x), y))
-    )
+    plot = Axes.plot
+
+    def spy(self, x, y, **options):
+        seen.append((list(x), y))
+        return plot(self, x, y, **options)
+
+    monkeypatch.setattr(Axes, "plot", spy)
     plots.comparison(tmp_path / "c.png", {"one": checkpoint.load_history(run)})
     assert seen == [([1, 1], [60, 60]), ([2, 4], [60, 60])]  # epochs, and summed seconds
     monkeypatch.undo()

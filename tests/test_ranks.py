@@ -1,9 +1,12 @@
 """Two processes train one net as one would: gloo on the CPU."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,17 +98,17 @@ def test_torchrun_and_a_process_that_dies(tmp_path, run):
     """torchrun ends the job with an error, and one process goes on with it."""
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-    command += ["--master-port=0", "train.py", *run, "--epochs", "40", "--out", str(folder)]
+    command += ["--standalone", "train.py", *run, "--epochs", "40", "--out", str(folder)]
     job = subprocess.Popen(
         command, cwd=train.__file__.rpartition("/")[0], stderr=subprocess.PIPE, text=True
     )
+    deadline = time.monotonic() + 120
     while not (folder / "metrics.jsonl").exists():
         assert job.poll() is None
+        assert time.monotonic() < deadline
         time.sleep(0.05)
-    children = subprocess.run(
-        ["pgrep", "-P", str(job.pid)], capture_output=True, text=True, check=True
-    )
-    subprocess.run(["kill", "-9", children.stdout.split()[-1]], check=True)
+    workers = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
+    os.kill(int(workers[-1]), signal.SIGKILL)
     _, error = job.communicate(timeout=120)
     assert job.returncode != 0
     assert "Signal 9" in error
