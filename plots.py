@@ -150,6 +150,7 @@ def comparison(path: Path, histories: dict[str, list[dict[str, Any]]]) -> None:
         right.plot(np.cumsum([line["seconds"] for line in history]), accuracies, **style)
     left.set_xlabel("epoch")
     left.set_ylabel("test accuracy, %")
+    left.xaxis.get_major_locator().set_params(integer=True)
     right.set_xlabel("seconds of training, evaluation left out")
     left.legend(loc="lower right", fontsize=7)
     _save(figure, path)
