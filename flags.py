@@ -78,10 +78,10 @@ def make_parser() -> Parser:
         default=policy.cutout,
         help="largest side, pixels",
     )
-    flag("--cutout-min", type=number(int, 1), help="smallest side (default: the largest)")
+    flag("--cutout-min", type=number(int, 1), help="smallest side; None: the largest")
     flag("--cutout-p", type=share, default=policy.cutout_p)
     level = number(float, 0, 255)
-    flag("--fill", type=level, help="of hole and constant border (default: the images' mean)")
+    flag("--fill", type=level, help="level of hole and constant border; None: the images' mean")
     flag("--rgb-shift", type=level, nargs=3, default=list(policy.rgb_shift), help="limits, levels")
     flag("--rgb-shift-p", type=share, default=policy.rgb_shift_p)
     flag("--brightness", type=share, default=policy.brightness, help="limit, fraction of 255")
