@@ -78,12 +78,12 @@ def format_nets(rows: list[dict[str, Any]]) -> str:
 
     lines = [
         f"{'net':<8} {'parameters':>10} {'multiply-adds':>13} {'field':>5} "
-        f"{'final test accuracy':>19} {'best':>15} {'s an epoch':>10}"
+        f"{'final accuracy':>15} {'best':>15} {'s/epoch':>7}"
     ]
     lines += [
         f"{row['net']:<8} {row['parameters']:10,d} {row['multiply_adds'] / 1e6:11.1f} M "
-        f"{row['receptive_field']:5d} {percent(row['final_accuracy']):>19} "
-        f"{percent(row['best_accuracy']):>15} {row['median_epoch_seconds']:10.2f}"
+        f"{row['receptive_field']:5d} {percent(row['final_accuracy']):>15} "
+        f"{percent(row['best_accuracy']):>15} {row['median_epoch_seconds']:7.2f}"
         for row in rows
     ]
     return "\n".join(lines)

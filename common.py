@@ -10,6 +10,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
+SIZE = 32  # pixels, of every image
+
 
 class UserError(Exception):
     """A mistake of the user's: one line that names the flag or file and the way out."""

@@ -1,32 +1,22 @@
 """A source of images (CIFAR-10, folder, archive, synthetic) as uint8 tensors on the device."""
 
-import hashlib
 import http.client
-import io
-import os
 import socket
 import sys
-import tarfile
 import tempfile
 import urllib.error
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
-from common import UserError, written_whole
+import image_files
+from common import UserError
+from image_files import Splits
 
-SIZE = 32  # pixels, of every image
 SUBSET_SEED = 20_210_626  # of --train-images and --holdout alone: every run draws the same subset
 NETWORK_TIMEOUT = 10  # seconds
-MAX_FILE_BYTES = 1 << 20  # a 32×32 image has a few kilobytes; what claims more is none
-MAX_ARCHIVE_BYTES = 2 << 30  # unpacked: half a million images
-CACHE_FORMAT = 1  # raise when what is cached changes
 
 
 @dataclass(frozen=True)
@@ -42,9 +32,6 @@ class Dataset:
     test_labels: Tensor
     mean: Tensor
     std: Tensor
-
-
-Splits = dict[str, tuple[Tensor, Tensor]]  # "train" and "test": images, labels
 
 
 def load(
@@ -115,7 +102,7 @@ def _read(source: str, data_dir: Path) -> tuple[str, list[str], Splits]:
         raise UserError(
             f"--data {source}: neither auto, cifar10 or synthetic nor a folder or archive"
         )
-    return _image_files(path)
+    return image_files.read(path)
 
 
 def _balanced_order(labels: Tensor) -> Tensor:
@@ -203,159 +190,3 @@ def _fetch_cifar10(data_dir: Path) -> None:
         raise UserError(f"--data-dir {data_dir} cannot be written: {error}") from error
     finally:
         socket.setdefaulttimeout(timeout)
-
-
-# Folders and archives of train/<class>/* and test/<class>/*
-
-
-def _image_files(path: Path) -> tuple[str, list[str], Splits]:
-    name = path.name.removesuffix(".xz").removesuffix(".gz").removesuffix(".tar")
-    name = name or path.resolve().name
-    try:
-        key = _fingerprint(path)
-    except OSError as error:
-        raise UserError(f"--data {path} cannot be read: {error}") from error
-    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cache = cache_home / "atrous" / f"{name}-{key}.pt"
-    if cache.exists():
-        try:
-            stored = torch.load(cache, weights_only=True)
-            return name, stored["classes"], stored["splits"]
-        except Exception as error:  # whatever is wrong with it, the source is at hand
-            print(f"warning: {cache} is damaged, decoding again ({error})", file=sys.stderr)
-    classes, splits = _decode(path)
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(cache) as file:
-            torch.save({"classes": classes, "splits": splits}, file)
-    except OSError as error:
-        print(f"warning: decoded images are not cached: {error}", file=sys.stderr)
-    return name, classes, splits
-
-
-def _fingerprint(path: Path) -> str:
-    """Of an archive's bytes, or of the names, sizes and times of a folder's files."""
-    digest = hashlib.sha256(str(CACHE_FORMAT).encode())
-    if path.is_dir():
-        for file in sorted(f for split in ("train", "test") for f in (path / split).rglob("*")):
-            stat = file.stat()
-            digest.update(
-                f"{file.relative_to(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode()
-            )
-    else:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    return digest.hexdigest()[:16]
-
-
-def _decode(path: Path) -> tuple[list[str], Splits]:
-    members = _folder_members(path) if path.is_dir() else _archive_members(path)
-    decoded: dict[str, dict[tuple[str, str], np.ndarray]] = {"train": {}, "test": {}}
-    for name, blob in tqdm(members, desc=f"decoding {path.name}", unit=" images", disable=None):
-        split, *inner = PurePosixPath(name).parts
-        if len(inner) != 2 or ".." in inner:
-            raise UserError(f"--data {path}: {name} is not of the form {split}/<class>/<image>")
-        if tuple(inner) in decoded[split]:
-            raise UserError(f"--data {path}: {name} is there twice")
-        decoded[split][tuple(inner)] = _pixels(path, name, blob)
-    for split, images in decoded.items():
-        if not images:
-            raise UserError(f"--data {path}: no images in {split}/<class>/")
-    classes, test_classes = (sorted({c for c, _ in decoded[s]}) for s in ("train", "test"))
-    if classes != test_classes:
-        raise UserError(
-            f"--data {path}: train/ and test/ differ in the classes "
-            f"{', '.join(sorted(set(classes) ^ set(test_classes)))}"
-        )
-    if len(classes) < 2:
-        raise UserError(f"--data {path}: only the class {classes[0]}; at least two are needed")
-    splits = {}
-    for split, images in decoded.items():
-        names = sorted(images)
-        stacked = torch.from_numpy(np.stack([images[n] for n in names]))
-        labels = torch.tensor([classes.index(c) for c, _ in names])
-        splits[split] = stacked.permute(0, 3, 1, 2).contiguous(), labels
-    return classes, splits
-
-
-def _pixels(path: Path, name: str, blob: bytes) -> np.ndarray:
-    """The RGB pixels uint8 (32, 32, 3) of a PNG or JPEG file."""
-    try:
-        with Image.open(io.BytesIO(blob), formats=("PNG", "JPEG")) as image:
-            if image.size != (SIZE, SIZE):  # known from the header: nothing large is decoded
-                raise UserError(
-                    f"--data {path}: {name} is {image.width}×{image.height}, not {SIZE}×{SIZE}"
-                )
-            return np.asarray(image.convert("RGB"))
-    except UserError:
-        raise
-    except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and others
-        raise UserError(f"--data {path}: {name} is no whole PNG or JPEG image: {error}") from error
-
-
-def _folder_members(path: Path) -> Iterator[tuple[str, bytes]]:
-    for split in ("train", "test"):
-        for file in sorted((path / split).rglob("*")):
-            if file.is_dir():
-                continue
-            name = file.relative_to(path).as_posix()
-            try:
-                if file.stat().st_size > MAX_FILE_BYTES:
-                    raise UserError(f"--data {path}: {name} is too large for a {SIZE}×{SIZE} image")
-                yield name, file.read_bytes()
-            except OSError as error:
-                raise UserError(f"--data {path}: {name} cannot be read: {error}") from error
-
-
-class _StrictTarInfo(tarfile.TarInfo):
-    """tarfile takes a damaged header for the archive's end: every image after it would be lost. And
-    it reads a long name into memory however long it claims to be."""
-
-    @classmethod
-    def frombuf(cls, buffer: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
-        info = super().frombuf(buffer, encoding, errors)
-        if info.type not in tarfile.REGULAR_TYPES and info.size > MAX_FILE_BYTES:
-            raise tarfile.ReadError(f"{info.name} claims {info.size:,} bytes")
-        return info
-
-    @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
-        try:
-            return super().fromtarfile(archive)
-        except tarfile.EOFHeaderError:
-            raise
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(f"damaged or cut off: {error}") from error
-
-
-def _archive_members(path: Path) -> Iterator[tuple[str, bytes]]:
-    last = "its beginning"
-    try:
-        with tarfile.open(path, tarinfo=_StrictTarInfo) as archive:
-            for member in archive:
-                archive.members = []  # or it keeps each
-                if member.offset_data + member.size > MAX_ARCHIVE_BYTES:
-                    raise UserError(f"--data {path}: unpacks to over {MAX_ARCHIVE_BYTES >> 30} GiB")
-                parts = PurePosixPath(member.name).parts
-                if not parts or parts[0] not in ("train", "test") or member.isdir():
-                    continue
-                last = "/".join(parts)
-                if not member.isreg():
-                    raise UserError(f"--data {path}: {last} is a link or device, not an image")
-                if member.size > MAX_FILE_BYTES:
-                    raise UserError(f"--data {path}: {last} is too large for a {SIZE}×{SIZE} image")
-                blob = archive.extractfile(member).read()
-                if len(blob) < member.size:
-                    raise UserError(f"--data {path}: cut off within {last}")
-                yield last, blob
-            while archive.fileobj.read(1 << 20):  # to the end, where gzip and xz keep their sums
-                if archive.fileobj.tell() > MAX_ARCHIVE_BYTES:
-                    raise UserError(f"--data {path}: unpacks to over {MAX_ARCHIVE_BYTES >> 30} GiB")
-    except UserError:
-        raise
-    except Exception as error:  # tarfile, gzip, zlib and lzma each have errors of their own
-        raise UserError(
-            f"--data {path} is no whole .tar, .tar.gz or .tar.xz archive "
-            f"(last read: {last}): {error}"
-        ) from error

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import checkpoint
 import data
-from common import Parser, UserError, exit_status, written_whole
+from common import SIZE, Parser, UserError, exit_status, written_whole
 
 CHECKED = 1000  # images that PyTorch and onnxruntime are compared on, and that calibrate int8
 TOLERANCE = 1e-4  # of a probability
@@ -46,7 +46,7 @@ def require(*packages: str) -> None:
 def to_onnx(classifier: Classifier, metadata: dict[str, str]) -> bytes:
     import onnx
 
-    images = torch.zeros(2, 3, data.SIZE, data.SIZE, dtype=torch.uint8)
+    images = torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8)
     program = torch.onnx.export(
         classifier,
         (images,),

@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import checkpoint
-import data
 import model
 import step
 import zoo
 from augment import BORDERS, Policy
-from common import Parser, UserError
+from common import SIZE, Parser, UserError
 from machine import DEVICES
 
 
@@ -74,7 +73,7 @@ def make_parser() -> Parser:
     flag("--border", choices=BORDERS, default=policy.border)
     flag(
         "--cutout",
-        type=number(int, 0, data.SIZE),
+        type=number(int, 0, SIZE),
         default=policy.cutout,
         help="largest side, pixels",
     )
@@ -155,7 +154,7 @@ def describe_recipe(args: Namespace) -> str:
     )
     indent = " " * 11
     lines = (
-        textwrap.fill(s, 100, initial_indent=indent, subsequent_indent=indent + "  ")
+        textwrap.fill(s, 80, initial_indent=indent, subsequent_indent=indent + "  ")
         for s in sentences
         if s
     )

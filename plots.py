@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 
 import checkpoint
 import data
-from common import Parser, UserError, exit_status, written_whole
+from common import SIZE, Parser, UserError, exit_status, written_whole
 
 Panel = tuple[str, np.ndarray, np.ndarray, np.ndarray]
 
@@ -206,7 +206,7 @@ def attention_panels(run: Path, dataset: data.Dataset, numbers: list[int]) -> li
     predicted = logits.argmax(1)
     (gradient,) = torch.autograd.grad(logits.gather(1, predicted.unsqueeze(1)).sum(), maps)
     cams = (gradient.mean((2, 3), keepdim=True) * maps).sum(1, keepdim=True).relu().detach()
-    cams = F.interpolate(cams, (data.SIZE, data.SIZE), mode="bilinear").squeeze(1)
+    cams = F.interpolate(cams, (SIZE, SIZE), mode="bilinear").squeeze(1)
     panels = []
     for position, number in enumerate(numbers):
         heat = rf.effective_receptive_field(traced.features, inputs[position : position + 1])

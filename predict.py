@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import checkpoint
 import data
 import step
-from common import Parser, exit_status
+from common import SIZE, Parser, exit_status
 from flags import number
 from machine import DEVICES, choose_device
 
@@ -37,7 +37,7 @@ def to_pixels(image: Image.Image) -> np.ndarray:
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    size = (data.SIZE, data.SIZE)
+    size = (SIZE, SIZE)
     return np.asarray(ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS))
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common import Parser, exit_status, written_whole
+from common import SIZE, Parser, exit_status, written_whole
 from graph import trace
 
 
@@ -90,14 +90,14 @@ def show_effective(run: Path) -> None:
     images = dataset.test_images[:: max(1, len(dataset.test_images) // 1000)]  # of every class
     traced = trace(net)
     jump = max(field.jump for field in traced.fields)
-    low, high = zip(*(f.extent(data.SIZE // f.jump // 2) for f in traced.fields), strict=True)
-    margin = max(-min(low), max(high) - data.SIZE + 1, 0)
+    low, high = zip(*(f.extent(SIZE // f.jump // 2) for f in traced.fields), strict=True)
+    margin = max(-min(low), max(high) - SIZE + 1, 0)
     margin = (margin // jump + 1) * jump
-    line = torch.arange(-margin, data.SIZE + margin).abs() % (2 * data.SIZE - 2)
-    line = torch.minimum(line, 2 * data.SIZE - 2 - line)
+    line = torch.arange(-margin, SIZE + margin).abs() % (2 * SIZE - 2)
+    line = torch.minimum(line, 2 * SIZE - 2 - line)
     inputs = data.normalize(images, dataset.mean, dataset.std)[:, :, line.unsqueeze(1), line]
     heat = effective_receptive_field(traced.features, inputs)
-    within = slice(margin, margin + data.SIZE)
+    within = slice(margin, margin + SIZE)
     share = (heat[within, within].sum() / heat.sum()).item()
     side = (heat > (1 - 0.9545) * heat.max()).sum().sqrt().item()  # Luo et al.'s two deviations
     with torch.no_grad():

@@ -221,6 +221,8 @@ def run(args: Namespace, argv: list[str], dataset: data.Dataset, start: float) -
                     raise Terminated(f"--resume {folder} goes on after the last line")
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(f"--resume {folder} goes on after the last line") from interrupt
+    except OSError as error:  # a full disk, say
+        raise UserError(f"{error}; --resume {folder} goes on after the last line") from error
     except RuntimeError as error:
         if "out of memory" not in str(error) and "not enough memory" not in str(error):
             raise

@@ -1,5 +1,7 @@
 import functools
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -37,6 +39,19 @@ def images(request):
 def _generated_once():
     """Most tests train on the same generated images: they are drawn once."""
     synthetic.shapes = functools.cache(synthetic.shapes)
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory):
+    """A finished run in a folder of its own, and what it printed."""
+    from test_main_job import SMALL
+
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    command = [sys.executable, "train.py", *SMALL, "--out", str(folder), "--target", "0.01"]
+    root = Path(__file__).parents[1]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    assert result.returncode == 0, result.stderr
+    return folder, result.stdout
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 import data
+import image_files
 from common import UserError
 from synthetic import shapes
 
@@ -142,7 +143,7 @@ def test_cache_is_used_until_the_source_changes(tmp_path, monkeypatch):
     path = write_tar(tmp_path / "pets.tar", files())
     first = load(path)
     with monkeypatch.context() as patch:
-        patch.setattr(data, "_decode", lambda path: pytest.fail("decoded again"))
+        patch.setattr(image_files, "_decode", lambda path: pytest.fail("decoded again"))
         assert torch.equal(load(path).train_images, first.train_images)
     write_tar(path, files(train=5))
     assert len(load(path).train_images) == 10

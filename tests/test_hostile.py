@@ -15,7 +15,7 @@ import torch
 from test_data import files, png, write_tar
 
 import checkpoint
-import data
+import image_files
 import train
 from flags import make_parser
 from model import build
@@ -153,7 +153,7 @@ BOMBS = {
     "text bomb": png_of(32, 32, ROWS, chunk(b"zTXt", b"a\0\0" + zlib.compress(b"a" * 10**8))),
     "profile bomb": png_of(32, 32, ROWS, chunk(b"iCCP", b"a\0\0" + zlib.compress(b"a" * 10**8))),
     "no image": b"GIF89a" + b"\0" * 100,
-    "large file": png((1, 2, 3)) + b"\0" * data.MAX_FILE_BYTES,
+    "large file": png((1, 2, 3)) + b"\0" * image_files.MAX_FILE_BYTES,
     "empty": b"",
 }
 
@@ -173,7 +173,7 @@ def test_bombs_in_an_image(tmp_path, capsys, loaded, bomb):
 
 
 def test_archive_bombs(tmp_path, capsys, loaded, monkeypatch):
-    monkeypatch.setattr(data, "MAX_ARCHIVE_BYTES", 1 << 24)
+    monkeypatch.setattr(image_files, "MAX_ARCHIVE_BYTES", 1 << 24)
     zeros = tarfile.TarInfo("elsewhere/zeros")
     zeros.size = 1 << 40
     long_name = tarfile.TarInfo("././@LongLink")

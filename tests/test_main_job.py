@@ -2,9 +2,6 @@
 
 import json
 import signal
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -47,18 +44,6 @@ def timeless(folder):
     """The metrics without what a clock says."""
     clock = ("seconds", "images_per_second")
     return [{key: line[key] for key in line if key not in clock} for line in lines(folder)]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished run in a folder of its own, and what it printed."""
-    folder = tmp_path_factory.mktemp("finished") / "run"
-    command = [sys.executable, "train.py", *SMALL, "--out", str(folder), "--target", "0.01"]
-    result = subprocess.run(
-        command, capture_output=True, text=True, cwd=Path(train.__file__).parent
-    )
-    assert result.returncode == 0, result.stderr
-    return folder, result.stdout
 
 
 def test_every_promised_file(finished):
@@ -275,102 +260,6 @@ def test_precision_on_a_cpu_follows_the_layers():
     chosen = [machine.choose_precision("auto", cpu, each) for each in layers]
     assert chosen == ["bf16", "fp32"]
     assert machine.choose_precision("fp16", cpu, layers[0]) == "fp16"
-
-
-# Bad input
-
-
-BAD_FLAGS = [
-    (["--net", "resnet"], "--net"),
-    (["--data", "missing.tar"], "missing.tar"),
-    (["--schedule", "linear"], "--schedule"),
-    (["--augment", "some"], "--augment"),
-    (["--epochs", "0"], "--epochs"),
-    (["--epochs", "many"], "--epochs"),
-    (["--batch-size", "0"], "--batch-size"),
-    (["--batch-size", "121"], "--batch-size 121"),
-    (["--lr", "0"], "--lr"),
-    (["--lr", "-1"], "--lr"),
-    (["--lr", "nan"], "--lr"),
-    (["--lr", "inf"], "--lr"),
-    (["--repeat", "0"], "--repeat"),
-    (["--weight-decay", "-0.1"], "--weight-decay"),
-    (["--seed", "-1"], "--seed"),
-    (["--flip-p", "1.5"], "--flip-p"),
-    (["--cutout", "33"], "--cutout"),
-    (["--cutout-min", "17"], "--cutout-min 17"),
-    (["--fill", "256"], "--fill"),
-    (["--recipe", "resnet"], "--recipe"),
-    (["--rotate", "-3"], "--rotate"),
-    (["--border", "wrap"], "--border"),
-    (["--dropout", "1"], "--dropout"),
-    (["--holdout", "5000"], "--holdout"),
-    (["--resume", "nowhere"], "nowhere/config.json"),
-    (["--epoch", "3"], "--epoch"),
-    (["--out", "file/run"], "--out file/run"),
-    (["--out", "file"], "--out file"),
-]
-if not torch.cuda.is_available():
-    BAD_FLAGS.append((["--device", "cuda"], "--device cuda"))
-
-
-@pytest.mark.parametrize(("arguments", "named"), BAD_FLAGS, ids=lambda value: str(value))
-def test_bad_flags(tmp_path, monkeypatch, capsys, arguments, named):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("not a folder")
-    assert train.main([*SMALL, *arguments]) == 2
-    printed = capsys.readouterr()
-    error = [line for line in printed.err.splitlines() if not line.startswith("data read")]
-    assert len(error) == 1
-    assert error[0].startswith("error: ")
-    assert named in error[0]
-    assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["file"]
-
-
-def test_an_existing_run_is_not_overwritten(finished, capsys):
-    folder, _ = finished
-    before = {file.name: file.read_bytes() for file in folder.iterdir()}
-    assert train.main([*SMALL, "--out", str(folder)]) == 2
-    assert f"--resume {folder}" in capsys.readouterr().err
-    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
-
-
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path, capsys):
-    folder = tmp_path / "run"
-    extra = ["--lr", "1e30", "--epochs", "1", "--precision", "fp32", "--out", str(folder)]
-    assert train.main([*SMALL, *extra]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert "at step " in error
-    assert "learning rate" in error
-    assert not (folder / "last.pt").exists()
-
-
-def test_out_of_memory_is_one_line(tmp_path, monkeypatch, capsys):
-    def exhausted(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
-
-    monkeypatch.setattr(step, "train_step", exhausted)
-    assert train.main([*SMALL, "--out", str(tmp_path / "run")]) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == (
-        "error: --batch-size 40: cpu is out of memory; try a smaller one"
-    )
-
-
-def test_bad_archive_leaves_nothing(tmp_path, capsys):
-    path = write_tar(tmp_path / "bad.tar", files() | {"test/cat/x.png": b"no image"})
-    assert train.main(["--data", str(path), "--out", str(tmp_path / "run")]) == 2
-    assert "test/cat/x.png" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_damaged_run_is_one_line(finished, tmp_path, capsys):
-    (tmp_path / "config.json").write_text("{")
-    assert train.main(["--resume", str(tmp_path)]) == 2
-    assert "damaged" in capsys.readouterr().err
-    (tmp_path / "config.json").write_bytes((finished[0] / "config.json").read_bytes())
-    (tmp_path / "last.pt").write_bytes((finished[0] / "last.pt").read_bytes()[:1000])
-    assert train.main(["--resume", str(tmp_path)]) == 2
-    assert "last.pt" in capsys.readouterr().err
 
 
 def test_flags_read_back():

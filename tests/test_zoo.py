@@ -123,7 +123,7 @@ def test_a_recipe_is_within_the_flags_own_bounds(name):
 def test_what_a_recipe_prints():
     args = flags.parse_flags(["--recipe", "net190k", "--flip-p", "0.25"])
     printed = flags.describe_recipe(args)
-    assert max(map(len, printed.splitlines())) <= 100
+    assert max(map(len, printed.splitlines())) <= 80
     text = " ".join(printed.split())
     published, changed, missing = (
         text.replace("not published:", "|").replace("changed here:", "|").split("|")
