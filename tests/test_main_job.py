@@ -149,9 +149,11 @@ def test_ended_and_resumed_is_as_if_nothing_had_been(
         patch.setattr(train.report, "write_history", end)
         assert train.main([*SMALL, "--out", str(folder)]) == status
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"{word}: --resume {folder}")
-    assert len(lines(folder)) == 1
+    before = lines(folder)
+    assert len(before) == 1
     assert not list(folder.glob("*.tmp"))
     assert train.main(["--resume", str(folder)]) == 0
+    assert lines(folder)[:1] == before  # its seconds too: it was not trained again
     assert timeless(folder) == timeless(finished[0])
     nets = [checkpoint.load(path / "model.pt")["state_dict"] for path in (folder, finished[0])]
     assert all(torch.equal(value, nets[1][name]) for name, value in nets[0].items())
