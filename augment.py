@@ -4,6 +4,7 @@ The semantics are those of albumentations 2.0.8 with OpenCV 5, proven in tests/t
 Images are (N, C, W, W), in any unit; W = 32 in this project.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 
 import torch
@@ -107,12 +108,23 @@ def apply(
     """
     if border not in BORDERS:
         raise ValueError(f"border {border!r} is not one of {BORDERS}")
+    size = images.shape[-1]
+
+    def warp(images: Tensor, params: Params) -> Tensor:
+        grid = sampling_grid(inverse_matrix(params, size), size)
+        if border == "reflect101":
+            return F.grid_sample(images, grid, padding_mode="reflection", align_corners=True)
+        return F.grid_sample(images - fill, grid, padding_mode="zeros", align_corners=True) + fill
+
+    def cut(images: Tensor, params: Params) -> Tensor:
+        return torch.where(_inside(params.hole, size), fill, images)
+
     with torch.autocast(images.device.type, enabled=False):
         images = images.float()
-        images = torch.where(_per_image(params.flip), images.flip(3), images)
-        warped = _warp(images, inverse_matrix(params, images.shape[-1]), fill, border)
-        images = torch.where(_per_image(params.affine), warped, images)
-        return torch.where(_hole_mask(params.hole, images.shape[-1]), fill, images).to(dtype)
+        images = _where(params.flip, lambda images, _: images.flip(3), images, params)
+        images = _where(params.affine, warp, images, params)
+        has_hole = params.hole[:, 2] > 0
+        return _where(has_hole, cut, images, params).to(dtype)
 
 
 def inverse_matrix(params: Params, size: int) -> Tensor:
@@ -139,20 +151,20 @@ def sampling_grid(theta: Tensor, size: int) -> Tensor:
     return column_x * x + (column_y * y + offset)
 
 
-def _warp(images: Tensor, theta: Tensor, fill: float | Tensor, border: str) -> Tensor:
-    grid = sampling_grid(theta, images.shape[-1])
-    if border == "reflect101":
-        return F.grid_sample(images, grid, padding_mode="reflection", align_corners=True)
-    return F.grid_sample(images - fill, grid, padding_mode="zeros", align_corners=True) + fill
+def _where(
+    drawn: Tensor, change: Callable[[Tensor, Params], Tensor], images: Tensor, params: Params
+) -> Tensor:
+    """`images`, changed where `drawn`, bool (N,). A CPU computes only those; to ask a GPU which
+    they are would be to wait for it, and it computes all."""
+    if images.device.type != "cpu":
+        return torch.where(drawn.view(-1, 1, 1, 1), change(images, params), images)
+    index = drawn.nonzero().squeeze(1)
+    return images.index_copy(0, index, change(images[index], params[index]))
 
 
-def _hole_mask(hole: Tensor, size: int) -> Tensor:
+def _inside(hole: Tensor, size: int) -> Tensor:
     """Bool (N, 1, size, size): the pixels inside each image's hole."""
     line = torch.arange(size, device=hole.device)
     low, high = hole[:, :2].unsqueeze(2), hole[:, 2:].unsqueeze(2)
     inside_x, inside_y = ((line >= low) & (line < high)).unbind(1)
     return (inside_y.unsqueeze(2) & inside_x.unsqueeze(1)).unsqueeze(1)
-
-
-def _per_image(values: Tensor) -> Tensor:
-    return values.view(-1, 1, 1, 1)

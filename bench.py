@@ -1,26 +1,210 @@
 """What is measured, against what, on which device.
 
+    python bench.py epoch | augment | startup | all [--data …]
     python bench.py nets --epochs 40 [--data …] [--repeat N] [--own-recipes]
 
-Each prints a table and writes it, with device, versions and data set, to `results/`.
+Each prints a table and writes it, with device, versions and data set, to `results/`; `all` is all
+but `nets`.
 """
 
 import json
+import os
 import re
 import shlex
 import statistics
+import subprocess
 import sys
+import tempfile
+import time
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import data
 import flags
+import graph
+import measure
 import model
 import report
+import step
 import train
+import ways
 import zoo
-from common import Parser, exit_status
-from machine import DEVICES
+from common import Parser, UserError, exit_status, require
+from machine import (
+    DEVICES,
+    choose_device,
+    choose_precision,
+    device_name,
+    keep_freed_memory,
+    versions,
+)
+
+EPOCH = 50_000  # images
+CORES = len(os.sched_getaffinity(0))
+RESULTS = Path(__file__).parent / "results"
+
+
+def bench_epoch(args: Namespace, argv: list[str]) -> None:
+    """An epoch's phases at several batch sizes, beside the floor under it; then the same epoch in
+    other ways, the published recipes' among them."""
+    device = choose_device(args.device)
+    dataset = data.load(args.data, Path("data"), device)
+    layers = graph.trace(model.build(args.net, len(dataset.classes))).layers
+    precision = choose_precision("auto", device, layers)
+    ceilings = measure.measure_ceilings(device, step.DTYPES[precision])
+    sizes = [256, 512, 1024] if device.type == "cuda" else [128, 256, 512]
+    rows = []
+    for batch in args.batch_size or sizes:
+        if batch > len(dataset.train_images):
+            raise UserError(f"--batch-size {batch}: {dataset.name} has fewer training images")
+        row = epoch_row(dataset, ways.settings(args.net, batch, precision))
+        floor = measure.floor_seconds(layers, batch, step.DTYPES[precision], ceilings)
+        rows.append(row | {"floor_seconds": EPOCH / batch * floor})
+    seconds = epoch_ways(dataset, args.net, precision)
+    title = f"an epoch of 50,000 images, {args.net} on {dataset.name}, {precision}"
+    print(f"\n{title}; {device_name(device)}\n{format_rows(rows)}\n\n{format_ways(seconds)}")
+    figures = {"title": title, "ceilings": vars(ceilings), "batch_sizes": rows}
+    write("epoch", device_name(device), argv, figures | {"ways_epoch_seconds": seconds})
+
+
+def epoch_row(dataset: data.Dataset, settings: Namespace) -> dict[str, Any]:
+    """What an epoch takes, and its phases; `rest` is what lies between them: the gathering of
+    batches, the schedule, and on a GPU whatever has it wait."""
+    device, batch = dataset.train_images.device, settings.batch_size
+    steps = 100 if device.type == "cuda" else 6
+    measure.reset_peak_memory(device)
+    way = {"ours": ways.training(dataset, settings)}
+    seconds = EPOCH / batch / measure.rates(way, device, warm_up=2, count=steps)["ours"]
+    memory = measure.peak_memory(device)
+    phases = measure.phase_seconds(ways.phases(dataset, settings), device, 2 * steps)
+    phases = {name: EPOCH / batch * each for name, each in phases.items()}
+    return {
+        "batch_size": batch,
+        "epoch_seconds": seconds,
+        "phases_seconds": phases | {"rest": seconds - sum(phases.values())},
+        "peak_memory_bytes": memory,
+    }
+
+
+def epoch_ways(dataset: data.Dataset, net: str, precision: str) -> dict[str, float]:
+    """Seconds of an epoch of batches of 256 in every way."""
+    device = dataset.train_images.device
+    flags_of: dict[str, list[str]] = {"ours": []}
+    if device.type == "cuda":
+        flags_of |= {"ours, --eager": ["--eager"], "ours, --compile": ["--compile"]}
+    for workers in sorted({2, CORES}):
+        reference = ["--augment", "albumentations", "--workers", str(workers), "--eager"]
+        flags_of[f"albumentations, {workers} workers"] = reference
+    every = {
+        name: ways.training(dataset, ways.settings(net, 256, precision, *given))
+        for name, given in flags_of.items()
+    }
+    for plain in ("bf16", "fp32"):
+        every[f"plain loop, {plain}"] = ways.plain_loop(dataset, ways.settings(net, 256, plain))
+    count = 100 if device.type == "cuda" else 6
+    rates = measure.rates(every, device, warm_up=2 * CORES + 2, count=count)
+    return {name: EPOCH / 256 / rate for name, rate in rates.items()}
+
+
+def format_rows(rows: list[dict[str, Any]]) -> str:
+    """Seconds an epoch."""
+    names = ["epoch", *rows[0]["phases_seconds"], "floor"]
+    lines = [f"{'batch':>5} " + " ".join(f"{name:>9}" for name in names) + f" {'memory':>9}"]
+    for row in rows:
+        seconds = [row["epoch_seconds"], *row["phases_seconds"].values(), row["floor_seconds"]]
+        figures = " ".join(f"{each:7.3f} s" for each in seconds)
+        memory = row["peak_memory_bytes"] / 2**20
+        lines.append(f"{row['batch_size']:5d} {figures} {memory:5,.0f} MiB")
+    return "\n".join(lines)
+
+
+def format_ways(seconds: dict[str, float]) -> str:
+    """Of an epoch, and as multiples of the first."""
+    first = next(iter(seconds.values()))
+    width = max(map(len, seconds))
+    return "\n".join(
+        f"{name:<{width}} {each:8.2f} s {each / first:6.2f} ×" for name, each in seconds.items()
+    )
+
+
+def bench_augment(args: Namespace, argv: list[str]) -> None:
+    """Images a second, uint8 in, normalised batches of 512 out."""
+    require("kornia")
+    device = choose_device(args.device)
+    dataset = data.load(args.data, Path("data"), device)
+    count = 90 if device.type == "cuda" else 20
+    every = ways.augmentations(dataset, CORES)
+    rates = measure.rates(every, device, warm_up=2 * CORES + 2, count=count)
+    rates = {name: rate * ways.AUGMENTED_BATCH for name, rate in rates.items()}
+    title = f"images augmented a second, {dataset.name}, batches of {ways.AUGMENTED_BATCH}"
+    width, first = max(map(len, rates)), next(iter(rates.values()))
+    print(f"\n{title}; {device_name(device)}")
+    for name, rate in rates.items():
+        print(f"{name:<{width}} {rate:12,.0f} images/s {first / rate:6.1f} × ours")
+    write("augment", device_name(device), argv, {"title": title, "images_per_second": rates})
+
+
+# train.py as a user starts it, but for a note of its first step's end and its largest memory.
+CHILD = """
+import json, sys, time
+import torch
+import measure, step, train
+
+make_step, noted = step.make_step, {}
+
+def noting(*args):
+    take_step = make_step(*args)
+    def noting_the_first(*batch):
+        figures = take_step(*batch)
+        if not noted:
+            figures.cpu()
+            noted["first_step_at"] = time.time()
+        return figures
+    return noting_the_first
+
+step.make_step = noting
+status = train.main(sys.argv[1:])
+noted["peak_memory_bytes"] = measure.peak_memory(torch.device("cpu"))
+print(json.dumps(noted))
+sys.exit(status)
+"""
+
+
+def bench_startup(args: Namespace, argv: list[str]) -> None:
+    """Seconds from the start of the process to its first step and to its end, pictures included;
+    with the cache of decoded images cold, then warm."""
+    device = choose_device(args.device)
+    epochs = args.epochs or (40 if device.type == "cuda" else 1)
+    rows = {}
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"XDG_CACHE_HOME": folder, "PYTHONPATH": str(RESULTS.parent)}
+        for cache in ("cold", "warm"):
+            out = Path(folder) / cache
+            command = [sys.executable, "-c", CHILD, "--data", args.data, "--net", args.net]
+            command += ["--device", args.device, "--epochs", str(epochs), "--out", str(out)]
+            start = time.time()
+            child = subprocess.run(command, env=environment, capture_output=True, text=True)
+            total = time.time() - start
+            if child.returncode:
+                raise UserError(child.stderr.strip().splitlines()[-1].removeprefix("error: "))
+            noted = json.loads(child.stdout.splitlines()[-1])
+            summary = json.loads((out / "summary.json").read_text())
+            rows[cache] = {
+                "first_step_seconds": noted["first_step_at"] - start,
+                "epochs_seconds": summary["training_seconds"],
+                "total_seconds": total,
+                "peak_memory_bytes": noted["peak_memory_bytes"],
+            }
+    title = f"a run of {epochs} epochs, {args.net} on {summary['data']}"
+    print(f"\n{title}; {summary['device']}")
+    print(f"cache first step      epochs       total {'host memory':>12}")
+    for cache, row in rows.items():
+        *seconds, memory = row.values()
+        figures = " ".join(f"{each:9.2f} s" for each in seconds)
+        print(f"{cache:<4} {figures} {memory / 2**20:8,.0f} MiB")
+    write("startup", summary["device"], argv, {"title": title, "epochs": epochs, "cache": rows})
 
 
 def bench_nets(args: Namespace, argv: list[str]) -> None:
@@ -40,8 +224,7 @@ def bench_nets(args: Namespace, argv: list[str]) -> None:
     seeds = f"{args.repeat} seeds" if args.repeat > 1 else "one seed"
     title = f"{args.epochs} epochs on {first['data']}, {seeds}, {recipe}"
     print(f"\n{title}; {first['device']}, {first['precision']}\n{format_nets(rows)}")
-    command = shlex.join(["python", "bench.py", *argv])
-    write(name, first["device"], {"title": title, "command": command, "nets": rows})
+    write(name, first["device"], argv, {"title": title, "nets": rows})
 
 
 def train_one(net: str, seed: int, folder: Path, args: Namespace) -> None:
@@ -89,13 +272,18 @@ def format_nets(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write(name: str, device: str, figures: dict[str, Any]) -> None:
+def write(name: str, device: str, argv: list[str], figures: dict[str, Any]) -> None:
     """As results/<name>-<device>.json."""
-    folder = Path(__file__).parent / "results"
-    folder.mkdir(exist_ok=True)
-    path = folder / f"{name}-{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
-    report.write_json(path, figures)
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}-{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
+    facts = {"command": shlex.join(["python", "bench.py", *argv]), "device": device}
+    report.write_json(path, facts | {"versions": versions()} | figures)
     print(f"written to {path}")
+
+
+def bench_all(args: Namespace, argv: list[str]) -> None:
+    for job in (bench_augment, bench_epoch, bench_startup):
+        job(args, argv)
 
 
 def main(argv: list[str]) -> int:
@@ -103,17 +291,34 @@ def main(argv: list[str]) -> int:
 
     def job() -> None:
         parser = Parser(prog="bench.py", description=__doc__.partition("\n")[0])
-        nets = parser.add_subparsers(required=True, metavar="WHAT").add_parser(
-            "nets", help="train the default net and the published ones in turn"
-        )
+        what = parser.add_subparsers(required=True, metavar="WHAT")
         count = flags.number(int, 1)
+
+        def add(name: str, bench: Callable[[Namespace, list[str]], None], text: str) -> Parser:
+            command = what.add_parser(name, help=text)
+            command.set_defaults(bench=bench)
+            command.add_argument("--data", default="auto", help="as for train.py")
+            command.add_argument("--device", choices=DEVICES, default="auto")
+            return command
+
+        epoch = add("epoch", bench_epoch, "an epoch, its phases, and other ways of it")
+        add("augment", bench_augment, "images augmented a second, in several ways")
+        startup = add("startup", bench_startup, "from a process's start to its first step and end")
+        everything = add("all", bench_all, "all of these")
+        for command in (epoch, startup, everything):
+            command.add_argument("--net", choices=model.NETS, default="atrous")
+        for command in (epoch, everything):
+            command.add_argument("--batch-size", type=count, nargs="+")
+        for command in (startup, everything):
+            command.add_argument("--epochs", type=count, help="default: 40 on a GPU, else 1")
+        nets = add("nets", bench_nets, "train the default net and the published ones in turn")
         nets.add_argument("--epochs", type=count, default=40)
         nets.add_argument("--repeat", type=count, default=1, help="so many seeds each")
-        nets.add_argument("--data", default="auto", help="as for train.py")
-        nets.add_argument("--device", choices=DEVICES, default="auto")
         nets.add_argument("--own-recipes", action="store_true", help="each net's, not train.py's")
         nets.add_argument("--out", metavar="DIR", default="runs/nets", help="where the runs lie")
-        bench_nets(parser.parse_args(argv), argv)
+        args = parser.parse_args(argv)
+        keep_freed_memory()
+        args.bench(args, argv)
 
     return exit_status(job)
 

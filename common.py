@@ -1,6 +1,7 @@
 """What every room needs: a user's mistake, and files written whole or not at all."""
 
 import argparse
+import importlib.util
 import os
 import signal
 import sys
@@ -19,6 +20,12 @@ class UserError(Exception):
 
 class Terminated(Exception):
     """SIGTERM was heeded: what to say of it."""
+
+
+def require(*packages: str) -> None:
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"{package} is missing: pip install -r requirements-extra.txt")
 
 
 class Parser(argparse.ArgumentParser):

@@ -3,7 +3,6 @@
 python export.py RUN [--int8]
 """
 
-import importlib.util
 import json
 import statistics
 import sys
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 import checkpoint
 import data
-from common import SIZE, Parser, UserError, exit_status, written_whole
+from common import SIZE, Parser, UserError, exit_status, require, written_whole
 
 CHECKED = 1000  # images that PyTorch and onnxruntime are compared on, and that calibrate int8
 TOLERANCE = 1e-4  # of a probability
@@ -35,12 +34,6 @@ class Classifier(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         return self.net(data.normalize(images, self.mean, self.std)).softmax(1)
-
-
-def require(*packages: str) -> None:
-    for package in packages:
-        if importlib.util.find_spec(package) is None:
-            raise UserError(f"{package} is missing: pip install -r requirements-extra.txt")
 
 
 def to_onnx(classifier: Classifier, metadata: dict[str, str]) -> bytes:

@@ -91,6 +91,8 @@ def make_parser() -> Parser:
     flag("--device", choices=DEVICES, default="auto")
     flag("--precision", choices=("auto", *step.DTYPES), default="auto")
     flag("--deterministic", action="store_true", help="the same bits again, on a GPU too; slower")
+    flag("--eager", action="store_true", help="no CUDA graph: each operation launched by itself")
+    flag("--compile", action="store_true", help="the net through torch.compile; slow to start")
     flag("--seed", type=number(int, 0, 2**31), default=0)
     flag("--repeat", type=count, default=1, help="so many seeds, in DIR/s0, DIR/s1, …")
     flag("--out", metavar="DIR", help="the run folder (default: runs/<net>-<data>-s<seed>)")

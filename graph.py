@@ -95,7 +95,8 @@ class Layer:
     stride: tuple[int, int]
     dilation: tuple[int, int]
     groups: int
-    output: tuple[int, ...]  # channels, height, width
+    input: tuple[int, ...]  # channels, height, width
+    output: tuple[int, ...]
     jump: tuple[int, int] | None
     receptive_field: tuple[int, int] | None
     parameters: int
@@ -294,6 +295,7 @@ def _layer(node: fx.Node, target: Any, fields: Fields | None) -> Layer:
         stride=stride,
         dilation=dilation,
         groups=getattr(target, "groups", 1),
+        input=_shape(node.all_input_nodes[0])[1:],
         output=output,
         jump=(fields[0].jump, fields[1].jump) if slides else None,
         receptive_field=_size(fields, _shape(node)) if slides else None,

@@ -1,5 +1,6 @@
 """What a run runs on: device, precision, versions."""
 
+import ctypes
 import importlib.metadata
 import os
 import subprocess
@@ -11,6 +12,7 @@ import torch
 import graph
 from common import UserError
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 DEVICES = ("auto", "cpu", "cuda", "mps")
 
 
@@ -39,6 +41,15 @@ def make_deterministic(wanted: bool) -> None:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # or cuBLAS refuses
     torch.use_deterministic_algorithms(wanted)
     torch.backends.cudnn.benchmark = False
+
+
+def keep_freed_memory() -> None:
+    """Have glibc keep what tensors free for the next ones. Left alone it returns large blocks to
+    the kernel, which maps and clears their pages anew in every step."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def choose_precision(name: str, device: torch.device, layers: list[graph.Layer]) -> str:

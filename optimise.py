@@ -1,11 +1,13 @@
 """What changes as a net learns – weights, optimiser, schedule, loss scale – and its state."""
 
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, StepLR
 
 import ranks
@@ -38,11 +40,15 @@ class Training:
                 value.load_state_dict(state[name])
             else:
                 setattr(self, name, state[name])
+        for group in self.optimizer.param_groups:
+            group["lr"] = float(group["lr"])  # a tensor where a CUDA graph read it
 
 
 def make_training(net: nn.Module, args: Namespace, device: torch.device, steps: int) -> Training:
     """`steps` is the number of optimiser steps in an epoch."""
     net.to(device, memory_format=torch.channels_last)
+    if device.type == "cpu":
+        keep_depthwise_in_float32(net)
     weights = [p for p in net.parameters() if p.ndim >= 2]
     others = [p for p in net.parameters() if p.ndim < 2]
     optimizer = torch.optim.SGD(
@@ -50,10 +56,24 @@ def make_training(net: nn.Module, args: Namespace, device: torch.device, steps: 
         lr=args.lr,
         momentum=args.momentum,
         nesterov=args.momentum > 0,
+        fused=device.type == "cuda",
     )
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     scheduler = make_scheduler(optimizer, args, steps)
     return Training(net, ranks.parallel(net), optimizer, scheduler, scaler)
+
+
+def keep_depthwise_in_float32(net: nn.Module) -> None:
+    """Have depthwise convolutions computed in float32 under autocast as well. On a CPU their
+    backward in bfloat16 takes 2 to 40 times as long, while that of dense ones takes a quarter."""
+
+    def in_float32(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):
+            return forward(x.float())
+
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d) and module.groups > 1:
+            module.forward = partial(in_float32, module.forward)
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, args: Namespace, steps: int) -> LRScheduler:

@@ -1,5 +1,8 @@
 """What is done to one batch: the training step, and the way of images through the net."""
 
+from argparse import Namespace
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -7,13 +10,18 @@ from torch import Tensor, nn
 import ranks
 from augment import Policy, apply, jitter_colours, sample
 from data import Dataset, normalize
+from optimise import Training
 
+Step = Callable[[Tensor, Tensor], Tensor]  # of images and labels, giving what train_step does
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 EVALUATION_BATCH = 2000
 
 
-def augmented(images: Tensor, policy: Policy, mean: Tensor, std: Tensor) -> Tensor:
-    """Newly augmented images float32 (N, 3, H, W), normalised, of images uint8 (N, 3, H, W)."""
+def prepared(images: Tensor, policy: Policy | None, mean: Tensor, std: Tensor) -> Tensor:
+    """Images uint8 (N, 3, H, W) as the net learns from them: float32, normalised, newly augmented
+    where there is a policy."""
+    if policy is None:
+        return normalize(images, mean, std)
     params = sample(policy, len(images), images.shape[-1], images.device)
     if policy.rgb_shift_p or policy.brightness_contrast_p:
         images = jitter_colours(images, params)
@@ -24,7 +32,9 @@ def augmented(images: Tensor, policy: Policy, mean: Tensor, std: Tensor) -> Tens
 def forward(net: nn.Module, inputs: Tensor, precision: str) -> Tensor:
     """Logits float32 (N, classes) of normalised images float32 (N, 3, H, W)."""
     inputs = inputs.to(dtype=DTYPES[precision], memory_format=torch.channels_last)
-    with torch.autocast(inputs.device.type, DTYPES[precision], enabled=precision != "fp32"):
+    # Without autocast's cache of weights, which a CUDA graph must not keep: each is used once.
+    options = {"enabled": precision != "fp32", "cache_enabled": False}
+    with torch.autocast(inputs.device.type, DTYPES[precision], **options):
         return net(inputs).float()
 
 
@@ -51,6 +61,75 @@ def train_step(
     scaler.step(optimizer)
     scaler.update()
     return torch.stack([loss.detach(), (logits.argmax(1) == labels).sum().float(), skipped])
+
+
+def make_step(training: Training, dataset: Dataset, policy: Policy | None, args: Namespace) -> Step:
+    """The whole step of a batch: images uint8 (B, 3, H, W), labels int64 (B,).
+
+    On one GPU it is a CUDA graph: the launches of so small a net take longer than its arithmetic.
+    Eager remain fp16, whose loss scaler decides on the host, and several processes.
+    """
+    net = torch.compile(training.parallel) if args.compile else training.parallel
+
+    def step(images: Tensor, labels: Tensor) -> Tensor:
+        inputs = prepared(images, policy, dataset.mean, dataset.std)
+        return train_step(
+            net,
+            training.optimizer,
+            training.scaler,
+            inputs,
+            labels,
+            args.precision,
+            args.label_smoothing,
+        )
+
+    eager = args.eager or training.scaler.is_enabled() or ranks.count() > 1
+    if eager or not dataset.train_images.is_cuda:
+        return step
+    examples = dataset.train_images[: args.batch_size], dataset.train_labels[: args.batch_size]
+    return captured(step, training, *examples)
+
+
+def captured(step: Step, training: Training, images: Tensor, labels: Tensor) -> Step:
+    """`step` as one CUDA graph, for batches of the size of `images` (PyTorch's notes on CUDA,
+    "Whole-network capture"). `training` stays as it is, but for learning rates kept on the device:
+    a graph reads them there, where it would repeat a number for ever."""
+    images, labels = images.clone(), labels.clone()
+    optimizer = training.optimizer
+    for group in optimizer.param_groups:
+        group["lr"] = torch.tensor(float(group["lr"]), device=images.device)
+    for weight in training.net.parameters():  # the first step, which makes these, differs
+        optimizer.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
+    momenta = [state["momentum_buffer"] for state in optimizer.state.values()]
+    changing = [*training.net.parameters(), *training.net.buffers(), *momenta]
+    before = [tensor.detach().clone() for tensor in changing]
+    training.net.train()
+    warm_up(lambda: step(images, labels))
+    optimizer.zero_grad(set_to_none=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        figures = step(images, labels)
+    with torch.no_grad():
+        for tensor, value in zip(changing, before, strict=True):
+            tensor.copy_(value)
+
+    def replay(new_images: Tensor, new_labels: Tensor) -> Tensor:
+        images.copy_(new_images)
+        labels.copy_(new_labels)
+        graph.replay()
+        return figures.clone()
+
+    return replay
+
+
+def warm_up(job: Callable[[], object]) -> None:
+    """Run what is to be captured, so that libraries choose their ways, on a stream of its own."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            job()
+    torch.cuda.current_stream().wait_stream(stream)
 
 
 @torch.no_grad()

@@ -32,7 +32,14 @@ import report
 import step
 from common import Terminated, UserError, exit_status, noting_sigterm
 from flags import describe_recipe, parse_flags, policy_of
-from machine import choose_device, choose_precision, device_name, make_deterministic, versions
+from machine import (
+    choose_device,
+    choose_precision,
+    device_name,
+    keep_freed_memory,
+    make_deterministic,
+    versions,
+)
 from optimise import Training, make_training
 
 HEADER = (
@@ -44,12 +51,11 @@ HEADER = (
 def training_batches(
     dataset: data.Dataset, args: Namespace, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """One shuffled epoch: augmented, normalised images float32 (B, 3, 32, 32) and labels (B,); of
-    each batch, this process's share."""
+    """One shuffled epoch: images uint8 (B, 3, 32, 32), augmented already where that is done on the
+    host, and labels (B,); of each batch, this process's share."""
     batches = data.epoch_batches(len(dataset.train_images), args.batch_size, device)
     batches = [ranks.share(index) for index in batches]
     ranks.own_streams()
-    policy = policy_of(args)
     if args.augment == "albumentations":
         import reference
 
@@ -57,43 +63,33 @@ def training_batches(
             dataset.train_images,
             dataset.train_labels,
             [index.tolist() for index in batches],
-            policy,
+            policy_of(args),
             dataset.mean,
             args.workers,
             pin_memory=device.type == "cuda",
         )
         for images, labels in loader:
-            images = images.to(device, non_blocking=True)
-            yield data.normalize(images, dataset.mean, dataset.std), labels.to(device)
+            yield images.to(device, non_blocking=True), labels.to(device)
         return
     for index in batches:
-        images, labels = dataset.train_images[index], dataset.train_labels[index]
-        if args.augment == "device":
-            yield step.augmented(images, policy, dataset.mean, dataset.std), labels
-        else:
-            yield data.normalize(images, dataset.mean, dataset.std), labels
+        yield dataset.train_images[index], dataset.train_labels[index]
 
 
 def train_epoch(
-    training: Training, dataset: data.Dataset, args: Namespace, device: torch.device, bar: tqdm
+    training: Training,
+    take_step: step.Step,
+    dataset: data.Dataset,
+    args: Namespace,
+    device: torch.device,
+    bar: tqdm,
 ) -> dict[str, float]:
     """One epoch of optimiser steps; its learning rate, loss, accuracy, seconds and images/s."""
     training.net.train()
     start = time.perf_counter()
     rates, figures = [], []
-    for inputs, labels in training_batches(dataset, args, device):
+    for images, labels in training_batches(dataset, args, device):
         rates.append(training.scheduler.get_last_lr()[0])
-        figures.append(
-            step.train_step(
-                training.parallel,
-                training.optimizer,
-                training.scaler,
-                inputs,
-                labels,
-                args.precision,
-                args.label_smoothing,
-            )
-        )
+        figures.append(take_step(images, labels))
         training.scheduler.step()
         bar.update()
     figures = ranks.total(torch.stack(figures)).cpu()  # the epoch's first wait for the device
@@ -107,26 +103,31 @@ def train_epoch(
                 f"the loss is {loss} at step {number}, learning rate {rates[index]:.4g}: "
                 "try a lower --lr or --precision fp32"
             )
-    images = len(losses) * args.batch_size
+    count = len(losses) * args.batch_size
     return {
-        "lr": rates[-1],
+        "lr": float(rates[-1]),
         "train_loss": statistics.fmean(losses),
-        "train_accuracy": right.sum().item() / images,
+        "train_accuracy": right.sum().item() / count,
         "seconds": seconds,
-        "images_per_second": images / seconds,
+        "images_per_second": count / seconds,
         "skipped_steps": int(skipped.sum().item()) // ranks.count(),
     }
 
 
 def run_epoch(
-    training: Training, dataset: data.Dataset, args: Namespace, device: torch.device, bar: tqdm
+    training: Training,
+    take_step: step.Step,
+    dataset: data.Dataset,
+    args: Namespace,
+    device: torch.device,
+    bar: tqdm,
 ) -> None:
     """Train and evaluate one epoch, seeded by run and epoch so that a resumed run needs no state of
     a generator, and add its line to the history."""
     start = time.perf_counter()
     epoch = len(training.history) + 1
     torch.manual_seed(args.seed * 1_000_003 + epoch)
-    line = train_epoch(training, dataset, args, device, bar)
+    line = train_epoch(training, take_step, dataset, args, device, bar)
     ranks.share_statistics(training.net)
     logits = step.predict_logits(training.net, dataset, args.precision)
     line["test_loss"] = F.cross_entropy(logits, dataset.test_labels).item()
@@ -205,13 +206,15 @@ def run(args: Namespace, argv: list[str], dataset: data.Dataset, start: float) -
     done = len(training.history)
     total = {"total": args.epochs * steps, "initial": done * steps}
     quiet = True if ranks.rank() else None  # None: only where stderr is no terminal
+    policy = policy_of(args) if args.augment == "device" else None
     try:
+        take_step = step.make_step(training, dataset, policy, args)
         with (
             tqdm(**total, unit="step", leave=False, disable=quiet) as bar,
             noting_sigterm() as asked_to_end,
         ):
             while len(training.history) < args.epochs:
-                run_epoch(training, dataset, args, device, bar)
+                run_epoch(training, take_step, dataset, args, device, bar)
                 if ranks.rank() == 0:
                     checkpoint.save(folder / "last.pt", {"data": dataset.name, **training.state()})
                     report.write_history(folder, training.history)
@@ -233,7 +236,8 @@ def run(args: Namespace, argv: list[str], dataset: data.Dataset, start: float) -
     if ranks.rank() > 0:
         return facts
     torch.manual_seed(args.seed)
-    examples = next(training_batches(dataset, args, device))
+    images, labels = next(training_batches(dataset, args, device))
+    examples = step.prepared(images, policy, dataset.mean, dataset.std), labels
     summary = {
         **report.write_outcome(folder, net, dataset, args, training.history, logits, examples),
         "target": args.target,
@@ -297,6 +301,7 @@ def run_seeds(args: Namespace, argv: list[str], device: torch.device) -> None:
     if args.out and not args.resume:
         refuse_existing(Path(args.out))
     make_deterministic(args.deterministic)
+    keep_freed_memory()
     start = time.perf_counter()
     with ranks.main_first():
         dataset = data.load(args.data, Path(args.data_dir), device, args.train_images, args.holdout)

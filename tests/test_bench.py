@@ -11,7 +11,7 @@ import bench
 def arguments(tmp_path, monkeypatch, no_pictures):
     """Two nets, few images; results go to a folder of the test's own."""
     monkeypatch.setattr(bench.model, "NETS", ("atrous", "net136k"))
-    monkeypatch.setattr(bench, "__file__", str(tmp_path / "bench.py"))
+    monkeypatch.setattr(bench, "RESULTS", tmp_path / "results")
     colours = {"cat": (200, 40, 90), "dog": (30, 90, 160)}
     members = {
         f"{split}/{name}/{i}.png": png(tuple(c + i % 50 for c in colour))
@@ -22,6 +22,74 @@ def arguments(tmp_path, monkeypatch, no_pictures):
     archive = write_tar(tmp_path / "pets.tar", members)
     out = ["--out", str(tmp_path / "runs"), "--device", "cpu"]
     return ["nets", "--data", str(archive), "--epochs", "1", *out]
+
+
+@pytest.fixture
+def briefly(monkeypatch):
+    """Everything is run, but once."""
+    rates, phases = bench.measure.rates, bench.measure.phase_seconds
+    once = {"warm_up": 0, "count": 1, "rounds": 1}
+    monkeypatch.setattr(
+        bench.measure, "rates", lambda ways, device, **_: rates(ways, device, **once)
+    )
+    monkeypatch.setattr(bench.measure, "phase_seconds", lambda *jobs: phases(*jobs[:2], rounds=1))
+
+
+def result(folder, name):
+    (path,) = (folder / "results").glob(f"{name}-cpu-*.json")
+    content = json.loads(path.read_text())
+    assert content["device"].startswith("CPU")
+    assert content["versions"]["torch"]
+    return content
+
+
+def test_an_epoch_and_its_phases(arguments, briefly, tmp_path, capsys):
+    what = [*arguments[1:3], "--net", "net136k", "--batch-size", "32", "64"]
+    assert bench.main(["epoch", *what]) == 0
+    _, title, heading, *rows = capsys.readouterr().out.splitlines()[:5]
+    assert "net136k on pets, bf16; CPU" in title
+    assert [len(row) for row in rows] == [len(heading)] * 2
+    content = result(tmp_path, "epoch")
+    for row, batch in zip(content["batch_sizes"], (32, 64), strict=True):
+        assert row["batch_size"] == batch
+        phases = ["augment", "forward", "backward", "optimiser", "rest"]
+        assert list(row["phases_seconds"]) == phases
+        assert sum(row["phases_seconds"].values()) == pytest.approx(row["epoch_seconds"])
+        assert 0 < row["floor_seconds"] < row["epoch_seconds"]
+        assert row["peak_memory_bytes"] > 2**27
+    ways = content["ways_epoch_seconds"]
+    assert next(iter(ways)) == "ours"
+    assert {"albumentations, 2 workers", "plain loop, bf16", "plain loop, fp32"} < set(ways)
+    assert all(seconds > 0 for seconds in ways.values())
+
+
+def test_augmentations(arguments, briefly, tmp_path, capsys):
+    pytest.importorskip("kornia", reason="pip install -r requirements-extra.txt")
+    assert bench.main(["augment", *arguments[1:3]]) == 0
+    content = result(tmp_path, "augment")
+    assert len(content["images_per_second"]) == len(capsys.readouterr().out.splitlines()) - 3
+    assert all(rate > 0 for rate in content["images_per_second"].values())
+
+
+def test_startup(arguments, tmp_path):
+    what = [*arguments[1:3], "--net", "net136k", "--device", "cpu"]
+    assert bench.main(["startup", *what]) == 0
+    content = result(tmp_path, "startup")
+    assert content["epochs"] == 1
+    for row in content["cache"].values():
+        seconds = row["first_step_seconds"], row["total_seconds"]
+        assert 0.5 < seconds[0] < seconds[1]
+        assert row["epochs_seconds"] < row["total_seconds"]
+        assert row["peak_memory_bytes"] > 2**27
+    assert bench.main(["startup", "--data", "missing.tar"]) == 2
+
+
+def test_all_is_all_but_nets(monkeypatch):
+    called = []
+    for name in ("epoch", "augment", "startup", "nets"):
+        monkeypatch.setattr(bench, f"bench_{name}", lambda *_, name=name: called.append(name))
+    assert bench.main(["all"]) == 0
+    assert called == ["augment", "epoch", "startup"]
 
 
 def test_nets_side_by_side(arguments, tmp_path, capsys):
@@ -55,7 +123,9 @@ def test_own_recipes_and_going_on(arguments, tmp_path, capsys):
 
 
 def test_mistakes_are_one_line(capsys):
-    for arguments in ([], ["cars"], ["nets", "--epochs", "0"], ["nets", "--data", "missing.tar"]):
+    wrong = [[], ["cars"], ["nets", "--epochs", "0"], ["epoch", "--batch-size", "x"]]
+    wrong += [[what, "--data", "missing.tar"] for what in ("nets", "epoch", "augment", "all")]
+    for arguments in wrong:
         assert bench.main(arguments) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ")

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 
 import numpy as np
@@ -79,7 +80,7 @@ def test_what_differs_is_not_written(run, tmp_path, capsys, monkeypatch):
 def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
     assert export.main([str(tmp_path)]) == 2
     assert "model.pt is not there" in capsys.readouterr().err
-    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert export.main([str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "error: onnx is missing: pip install -r requirements-extra.txt"

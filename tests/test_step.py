@@ -1,12 +1,15 @@
 from dataclasses import replace
 
+import pytest
 import torch
 from torch import nn
 
 import data
+import flags
 import step
 from augment import Policy
 from model import build
+from optimise import make_training
 
 CPU = torch.device("cpu")
 NOTHING = Policy(flip_p=0, affine_p=0, cutout_p=0)
@@ -14,26 +17,26 @@ NOTHING = Policy(flip_p=0, affine_p=0, cutout_p=0)
 
 def test_what_the_net_sees():
     dataset = data.load("synthetic", None, CPU, train_images=50)
-    plain = step.augmented(dataset.train_images, NOTHING, dataset.mean, dataset.std)
+    plain = step.prepared(dataset.train_images, NOTHING, dataset.mean, dataset.std)
     normal = data.normalize(dataset.train_images, dataset.mean, dataset.std)
     assert torch.equal(plain, normal)
     hole = Policy(flip_p=0, affine_p=0, cutout_p=1)
-    cut = step.augmented(dataset.train_images, hole, dataset.mean, dataset.std)
+    cut = step.prepared(dataset.train_images, hole, dataset.mean, dataset.std)
     assert ((cut == 0).all(1).flatten(1).sum(1) >= 16 * 16).all()  # the mean's colour
     grey = Policy(flip_p=0, affine_p=0, cutout_p=1, fill=100)
-    cut = step.augmented(dataset.train_images, grey, dataset.mean, dataset.std)
+    cut = step.prepared(dataset.train_images, grey, dataset.mean, dataset.std)
     level = cut * dataset.std.view(-1, 1, 1) + dataset.mean.view(-1, 1, 1)
     assert ((level - 100).abs() < 1e-3).all(1).flatten(1).sum(1).min() >= 16 * 16
     bright = Policy(**vars(NOTHING) | {"brightness": 0.5, "brightness_contrast_p": 1})
-    lit = step.augmented(dataset.train_images, bright, dataset.mean, dataset.std)
+    lit = step.prepared(dataset.train_images, bright, dataset.mean, dataset.std)
     assert (lit != normal).flatten(1).any(1).float().mean() > 0.9
     one, other = (
-        step.augmented(dataset.train_images, Policy(), dataset.mean, dataset.std) for _ in range(2)
+        step.prepared(dataset.train_images, Policy(), dataset.mean, dataset.std) for _ in range(2)
     )
     assert not torch.equal(one, other)
 
 
-def train(precision, smoothing=0.0, steps=12):
+def train(precision):
     torch.manual_seed(0)
     dataset = data.load("synthetic", None, CPU, train_images=64)
     net = build("net136k", 10).to(memory_format=torch.channels_last)
@@ -42,8 +45,7 @@ def train(precision, smoothing=0.0, steps=12):
     inputs = data.normalize(dataset.train_images, dataset.mean, dataset.std)
     labels = dataset.train_labels
     return [
-        step.train_step(net, optimizer, scaler, inputs, labels, precision, smoothing)
-        for _ in range(steps)
+        step.train_step(net, optimizer, scaler, inputs, labels, precision, 0.0) for _ in range(12)
     ]
 
 
@@ -57,8 +59,13 @@ def test_steps_lower_the_loss_in_either_precision():
 
 
 def test_label_smoothing_counts():
-    plain, smooth = (train("fp32", smoothing, steps=12)[-1][0] for smoothing in (0.0, 0.2))
-    assert smooth > plain + 0.2
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10))
+    nn.init.zeros_(net[1].weight)
+    optimizer, scaler = torch.optim.SGD(net.parameters(), 0), torch.amp.GradScaler(enabled=False)
+    images, labels = torch.randn(8, 3, 32, 32), torch.zeros(8, dtype=torch.int64)
+    loss, _, _ = step.train_step(net, optimizer, scaler, images, labels, "fp32", 0.2)
+    log_p = net[1].bias.log_softmax(0)
+    torch.testing.assert_close(loss, -0.8 * log_p[0] - 0.2 * log_p.mean())
 
 
 class Mirror(nn.Module):
@@ -90,3 +97,62 @@ def test_an_fp16_overflow_is_skipped_and_counted():
     _, _, skipped = step.train_step(net, optimizer, scaler, images, labels, "fp16", 0.0)
     assert skipped == 0
     assert not torch.equal(net[1].weight, before)
+
+
+# The step as a CUDA graph
+
+
+def learner(argv, policy):
+    """A data set, a Training and its step, on a GPU."""
+    device = torch.device("cuda")
+    base = ["--net", "net136k", "--batch-size", "32", "--epochs", "7", "--precision", "fp32"]
+    args = flags.parse_flags([*base, *argv])
+    dataset = data.load("synthetic", None, device, train_images=256)
+    torch.manual_seed(0)
+    training = make_training(build(args.net, 10, args.dropout), args, device, 8)
+    return dataset, training, step.make_step(training, dataset, policy, args)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("schedule", ["onecycle", "cyclic", "step"])
+def test_a_graph_learns_what_eager_steps_learn(schedule):
+    taken = {}
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    for way in ([], ["--eager"]):
+        dataset, training, take_step = learner(["--schedule", schedule, "--lr", "0.05", *way], None)
+        training.net.train()
+        losses, rates = [], []
+        for number in range(56):  # beyond the first drop of `step`
+            batch = slice(number % 8 * 32, number % 8 * 32 + 32)
+            rates.append(float(training.scheduler.get_last_lr()[0]))
+            losses.append(take_step(dataset.train_images[batch], dataset.train_labels[batch])[0])
+            training.scheduler.step()
+        values = [tensor.float() for tensor in training.net.state_dict().values()]
+        taken[bool(way)] = (
+            torch.stack(losses),
+            torch.tensor(rates),
+            torch.cat([value.flatten() for value in values]),
+        )
+    torch.use_deterministic_algorithms(False)
+    for graph, eager in zip(taken[False], taken[True], strict=True):
+        torch.testing.assert_close(graph, eager, rtol=1e-3, atol=1e-4)
+    losses, rates, _ = taken[False]
+    assert losses[-1] < losses[0]
+    assert len(set(rates.tolist())) > 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("policy", "dropout", "draws"),
+    [(NOTHING, "0", False), (Policy(), "0", True), (NOTHING, "0.5", True)],
+)
+def test_replays_draw_anew_and_seeds_hold(policy, dropout, draws):
+    still = ["--lr", "1e-30", "--weight-decay", "0", "--dropout", dropout]
+    dataset, _, take_step = learner(still, policy)
+    batch = dataset.train_images[:32], dataset.train_labels[:32]
+    torch.manual_seed(1)
+    first, second = take_step(*batch), take_step(*batch)
+    torch.manual_seed(1)
+    again = take_step(*batch)
+    assert torch.equal(first, second) is not draws
+    assert torch.equal(first, again)

@@ -1,0 +1,148 @@
+"""How speed is measured: ways that take turns, the phases of a step, memory, and the floor that a
+device's own ceilings set."""
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice, pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import graph
+import step
+from common import SIZE
+
+Way = Callable[[], Iterator[object]]  # of doing one batch after another, without an end
+Phases = dict[str, Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a device reached at its best."""
+
+    bytes_per_second: float  # read plus written, of a large copy
+    multiply_adds_per_second: float  # of a large matrix product
+
+
+def rates(
+    ways: dict[str, Way], device: torch.device, warm_up: int, count: int, rounds: int = 5
+) -> dict[str, float]:
+    """Batches a second of each way: the median of `rounds` times `count` batches, each behind
+    `warm_up` more. The ways take turns: a machine's changes of speed meet them alike."""
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            batches = way()
+            for _ in islice(batches, warm_up):
+                pass
+            _synchronize(device)
+            start = time.perf_counter()
+            for _ in islice(batches, count):
+                pass
+            _synchronize(device)
+            taken[name].append(count / (time.perf_counter() - start))
+    return {name: statistics.median(values) for name, values in taken.items()}
+
+
+def phase_seconds(phases: Phases, device: torch.device, rounds: int) -> dict[str, float]:
+    """Median seconds of each phase of a step, one after the other; on a GPU, where launching them
+    would take longer, each as a CUDA graph."""
+    if device.type == "cuda":
+        phases = _captured(phases)
+    for phase in phases.values():
+        phase()
+    marks = [_mark(device)]
+    for _ in range(rounds):
+        for phase in phases.values():
+            phase()
+            marks.append(_mark(device))
+    _synchronize(device)
+    taken = [_between(*pair) for pair in pairwise(marks)]
+    return {
+        name: statistics.median(taken[number :: len(phases)]) for number, name in enumerate(phases)
+    }
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
+    large = device.type == "cuda"
+    source = torch.rand(2**28 if large else 2**26, device=device)
+    target = torch.empty_like(source)
+    side = 8192 if large else 2048
+    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
+
+    def copies() -> Iterator[Tensor]:
+        while True:
+            yield target.copy_(source)
+
+    def products() -> Iterator[Tensor]:
+        while True:
+            yield left @ right
+
+    works: dict[str, Way] = {"copies": copies, "products": products}
+    reached = rates(works, device, warm_up=1, count=20 if large else 3)
+    moved = 2 * source.numel() * source.element_size()
+    return Ceilings(reached["copies"] * moved, reached["products"] * side**3)
+
+
+def floor_seconds(
+    layers: list[graph.Layer], batch: int, dtype: torch.dtype, ceilings: Ceilings
+) -> float:
+    """Under which no step gets: for each convolution the larger of its traffic – input, output and
+    weights once forward, twice backward – and its multiply-adds, norms and activations free; the
+    augmentation's uint8 read and output written; 5 × 4 bytes a parameter for the optimiser."""
+    parameters = sum(layer.parameters for layer in layers)
+    moved = batch * 3 * SIZE * SIZE * (1 + dtype.itemsize) + 5 * 4 * parameters
+    total = moved / ceilings.bytes_per_second
+    for layer in layers:
+        if layer.multiply_adds:
+            values = batch * (math.prod(layer.input) + math.prod(layer.output)) + layer.parameters
+            traffic = 3 * values * dtype.itemsize / ceilings.bytes_per_second
+            arithmetic = 3 * batch * layer.multiply_adds / ceilings.multiply_adds_per_second
+            total += max(traffic, arithmetic)
+    return total
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes since the reset: of tensors on a GPU, on Linux of the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status").read_text().split()
+    return int(status[status.index("VmHWM:") + 1]) * 1024
+
+
+def _captured(phases: Phases) -> Phases:
+    step.warm_up(lambda: [phase() for phase in phases.values()])
+    graphs = {name: torch.cuda.CUDAGraph() for name in phases}
+    pool = torch.cuda.graph_pool_handle()
+    for name, phase in phases.items():
+        with torch.cuda.graph(graphs[name], pool=pool):
+            phase()
+    return {name: graph.replay for name, graph in graphs.items()}
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _mark(device: torch.device) -> "torch.cuda.Event | float":
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def _between(start: "torch.cuda.Event | float", end: "torch.cuda.Event | float") -> float:
+    return end - start if isinstance(start, float) else start.elapsed_time(end) / 1000

@@ -1,0 +1,69 @@
+import pytest
+import torch
+from torch import nn
+
+import measure
+from graph import trace
+
+CPU = torch.device("cpu")
+
+
+def test_ways_take_turns_and_warm_up_uncounted():
+    seen = []
+
+    def way(name):
+        def batches():
+            while True:
+                seen.append(name)
+                yield
+
+        return batches
+
+    ways = {name: way(name) for name in "ab"}
+    reached = measure.rates(ways, CPU, warm_up=2, count=3, rounds=2)
+    assert "".join(seen) == "aaaaabbbbbaaaaabbbbb"
+    assert list(reached) == ["a", "b"]
+
+
+def test_rates_and_phases_are_medians_of_what_the_clock_says(monkeypatch):
+    now = 0.0
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: now)
+
+    def passing(*durations):
+        while True:
+            for duration in durations:
+                nonlocal now
+                now += duration
+                yield
+
+    slow = {"slow": lambda: passing(2.0)}
+    assert measure.rates(slow, CPU, warm_up=1, count=4) == {"slow": 0.5}
+    clocks = {"first": passing(9.0, 1.0, 1.0, 5.0), "second": passing(9.0, 2.0, 3.0, 3.0)}
+    phases = {name: lambda clock=clock: next(clock) for name, clock in clocks.items()}
+    assert measure.phase_seconds(phases, CPU, rounds=3) == {"first": 1.0, "second": 3.0}
+
+
+def test_the_floor_by_hand():
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.ReLU(), nn.BatchNorm2d(8))
+    layers = trace(net).layers
+    moved = 10 * (3 + 8) * 1024 + 216  # values, at batch 10
+    around = 10 * 3 * 1024 * 3 + 5 * 4 * (216 + 16)  # bytes of augmentation and optimiser
+    for rate, expected in ((1e30, 3 * moved * 2), (1.0, 3 * 10 * 216 * 1024)):
+        ceilings = measure.Ceilings(1.0, rate)
+        floor = measure.floor_seconds(layers, 10, torch.bfloat16, ceilings)
+        assert floor == pytest.approx(around + expected)
+
+
+def test_ceilings_are_of_this_machine():
+    ceilings = measure.measure_ceilings(CPU, torch.float32)
+    assert 1e8 < ceilings.bytes_per_second < 1e13
+    assert 1e8 < ceilings.multiply_adds_per_second < 1e15
+
+
+def test_peak_memory():
+    measure.reset_peak_memory(CPU)
+    before = measure.peak_memory(CPU)
+    torch.ones(2**26)
+    assert 2**28 * 0.9 < measure.peak_memory(CPU) - before < 2**28 * 1.5
+    measure.reset_peak_memory(CPU)
+    assert measure.peak_memory(CPU) - before < 2**27

@@ -1,0 +1,51 @@
+from itertools import islice
+
+import pytest
+import torch
+
+import data
+import ways
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return data.load("synthetic", None, CPU, train_images=600)
+
+
+def test_every_augmentation_touches_as_many_images(dataset):
+    pytest.importorskip("kornia", reason="pip install -r requirements-extra.txt")
+    torch.manual_seed(0)
+    normal = data.normalize(dataset.train_images, dataset.mean, dataset.std)
+    originals = {image.numpy().tobytes() for image in normal}
+    every = ways.augmentations(dataset, cores=1)
+    assert len(every) == 6
+    for name, way in every.items():
+        batches = list(islice(way(), 4))
+        assert all(batch.shape == (512, 3, 32, 32) for batch in batches)
+        assert all(batch.dtype == torch.float32 for batch in batches)
+        untouched = [
+            sum(image.numpy().tobytes() in originals for image in batch) / 512 for batch in batches
+        ]
+        if "a draw a batch" in name:
+            assert set(untouched) <= {0, 1}
+        else:
+            share = sum(untouched) / 4
+            assert abs(share - 0.5 * 0.5 * 0.75) < 0.05, name
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_plain_loop_learns(dataset, precision):
+    torch.manual_seed(0)
+    settings = ways.settings("net136k", 64, precision)
+    losses = list(islice(ways.plain_loop(dataset, settings)(), 20))
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_training_goes_on_epoch_after_epoch(dataset):
+    for argv in ([], ["--augment", "albumentations", "--workers", "1"]):
+        settings = ways.settings("net136k", 200, "fp32", *argv)
+        figures = torch.stack(list(islice(ways.training(dataset, settings)(), 5)))
+        assert figures.isfinite().all()
+        assert figures[-1, 0] < figures[0, 0]

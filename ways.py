@@ -1,0 +1,178 @@
+"""The ways that bench.py compares: of training on a batch, and of augmenting one."""
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import data
+import flags
+import model
+import step
+import train
+from augment import Policy
+from common import SIZE
+from measure import Phases, Way
+from optimise import Training, make_training
+
+AUGMENTED_BATCH = 512
+
+
+def settings(net: str, batch_size: int, precision: str, *argv: str) -> Namespace:
+    """train.py's flags."""
+    given = ["--net", net, "--batch-size", str(batch_size), "--precision", precision, *argv]
+    return flags.parse_flags(given)
+
+
+def training(dataset: data.Dataset, args: Namespace) -> Way:
+    """train.py's own steps."""
+    device = dataset.train_images.device
+    learner = _learner(dataset, args)
+    policy = flags.policy_of(args) if args.augment == "device" else None
+    take_step = step.make_step(learner, dataset, policy, args)
+
+    def way() -> Iterator[Tensor]:
+        learner.net.train()
+        while True:
+            for images, labels in train.training_batches(dataset, args, device):
+                yield take_step(images, labels)
+                learner.scheduler.step()
+
+    return way
+
+
+def phases(dataset: data.Dataset, args: Namespace) -> Phases:
+    """One such step on the first batch, in four parts."""
+    images, labels = (
+        dataset.train_images[: args.batch_size],
+        dataset.train_labels[: args.batch_size],
+    )
+    learner, policy = _learner(dataset, args), flags.policy_of(args)
+    learner.net.train()
+    between: dict[str, Tensor] = {}
+
+    def augment() -> None:
+        between["inputs"] = step.prepared(images, policy, dataset.mean, dataset.std)
+
+    def forward() -> None:
+        logits = step.forward(learner.net, between["inputs"], args.precision)
+        between["loss"] = F.cross_entropy(logits, labels)
+
+    def backward() -> None:
+        between.pop("loss").backward()
+
+    def optimise() -> None:
+        learner.optimizer.step()
+        learner.optimizer.zero_grad(set_to_none=True)
+
+    return {"augment": augment, "forward": forward, "backward": backward, "optimiser": optimise}
+
+
+def plain_loop(dataset: data.Dataset, args: Namespace) -> Way:
+    """What one writes first: no augmentation, default layout, default optimiser."""
+    device = dataset.train_images.device
+    net = model.build(args.net, len(dataset.classes)).to(device)
+    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
+    dtype = step.DTYPES[args.precision]
+
+    def way() -> Iterator[Tensor]:
+        net.train()
+        while True:
+            for index in data.epoch_batches(len(dataset.train_images), args.batch_size, device):
+                inputs = data.normalize(dataset.train_images[index], dataset.mean, dataset.std)
+                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                    loss = F.cross_entropy(net(inputs), dataset.train_labels[index])
+                optimizer.zero_grad()
+                loss.backward()
+                optimizer.step()
+                yield loss.detach()
+
+    return way
+
+
+def augmentations(dataset: data.Dataset, cores: int) -> dict[str, Way]:
+    """Batches of uint8 images flipped, shifted, scaled, rotated, cut and normalised: by ours; by
+    albumentations image by image, on the host; by kornia; by torchvision, which draws one set of
+    parameters for a whole batch and knows no mirrored border."""
+    device, policy, mean, std = dataset.train_images.device, Policy(), dataset.mean, dataset.std
+
+    def batched(augment: Callable[[Tensor], Tensor]) -> Way:
+        def way() -> Iterator[Tensor]:
+            for index in _index_batches(dataset):
+                yield augment(dataset.train_images[index])
+
+        return way
+
+    def albumentations(workers: int) -> Way:
+        import reference
+
+        def way() -> Iterator[Tensor]:
+            batches = [index.tolist() for index in islice(_index_batches(dataset), 1000)]
+            images, labels = dataset.train_images, dataset.train_labels
+            pin = device.type == "cuda"
+            for batch, _ in reference.loader(images, labels, batches, policy, mean, workers, pin):
+                yield data.normalize(batch.to(device, non_blocking=True), mean, std)
+
+        return way
+
+    ways = {"ours": batched(lambda images: step.prepared(images, policy, mean, std))}
+    ways["albumentations, one process"] = albumentations(0)
+    for workers in sorted({2, cores}):
+        ways[f"albumentations, {workers} workers"] = albumentations(workers)
+    for name, make in (("kornia", _kornia), ("torchvision v2, a draw a batch", _torchvision)):
+        transforms = make(policy)
+        ways[name] = batched(lambda x, t=transforms: t(data.normalize(x, mean, std)))
+    return ways
+
+
+def _kornia(policy: Policy) -> nn.Module:
+    import kornia.augmentation as K
+
+    side = policy.cutout**2 / SIZE**2
+    scale = (1 - policy.scale, 1 + policy.scale)
+    return nn.Sequential(
+        K.RandomHorizontalFlip(policy.flip_p),
+        K.RandomAffine(
+            policy.rotate,
+            (policy.shift, policy.shift),
+            scale * 2,
+            padding_mode="reflection",
+            align_corners=True,
+            p=policy.affine_p,
+        ),
+        K.RandomErasing((side, side), (1.0, 1.0), p=policy.cutout_p),
+    )
+
+
+def _torchvision(policy: Policy) -> nn.Module:
+    from torchvision.transforms import InterpolationMode, v2
+
+    affine = v2.RandomAffine(
+        policy.rotate,
+        (policy.shift, policy.shift),
+        (1 - policy.scale, 1 + policy.scale),
+        interpolation=InterpolationMode.BILINEAR,
+    )
+    side = policy.cutout**2 / SIZE**2
+    return v2.Compose(
+        [
+            v2.RandomHorizontalFlip(policy.flip_p),
+            v2.RandomApply([affine], policy.affine_p),
+            v2.RandomErasing(policy.cutout_p, (side, side), (1.0, 1.0)),
+        ]
+    )
+
+
+def _index_batches(dataset: data.Dataset) -> Iterator[Tensor]:
+    while True:
+        yield from data.epoch_batches(
+            len(dataset.train_images), AUGMENTED_BATCH, dataset.train_images.device
+        )
+
+
+def _learner(dataset: data.Dataset, args: Namespace) -> Training:
+    net = model.build(args.net, len(dataset.classes), args.dropout)
+    return make_training(net, args, dataset.train_images.device, steps=10_000)
