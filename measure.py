@@ -122,22 +122,23 @@ def peak_memory(device: torch.device) -> int:
 
 
 def _captured(phases: Phases) -> Phases:
-    step.warm_up(lambda: [phase() for phase in phases.values()])
+    stream = step.warmed_up(lambda: [phase() for phase in phases.values()])
     graphs = {name: torch.cuda.CUDAGraph() for name in phases}
     pool = torch.cuda.graph_pool_handle()
     for name, phase in phases.items():
-        with torch.cuda.graph(graphs[name], pool=pool):
+        with torch.cuda.graph(graphs[name], pool=pool, stream=stream):
             phase()
     return {name: graph.replay for name, graph in graphs.items()}
 
 
 def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
 
 
 def _mark(device: torch.device) -> "torch.cuda.Event | float":
     if device.type != "cuda":
+        _synchronize(device)
         return time.perf_counter()
     event = torch.cuda.Event(enable_timing=True)
     event.record()

@@ -14,7 +14,6 @@ from optimise import Training
 
 Step = Callable[[Tensor, Tensor], Tensor]  # of images and labels, giving what train_step does
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-EVALUATION_BATCH = 2000
 
 
 def prepared(images: Tensor, policy: Policy | None, mean: Tensor, std: Tensor) -> Tensor:
@@ -104,10 +103,10 @@ def captured(step: Step, training: Training, images: Tensor, labels: Tensor) -> 
     changing = [*training.net.parameters(), *training.net.buffers(), *momenta]
     before = [tensor.detach().clone() for tensor in changing]
     training.net.train()
-    warm_up(lambda: step(images, labels))
+    stream = warmed_up(lambda: step(images, labels))
     optimizer.zero_grad(set_to_none=True)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=stream):
         figures = step(images, labels)
     with torch.no_grad():
         for tensor, value in zip(changing, before, strict=True):
@@ -122,14 +121,15 @@ def captured(step: Step, training: Training, images: Tensor, labels: Tensor) -> 
     return replay
 
 
-def warm_up(job: Callable[[], object]) -> None:
-    """Run what is to be captured, so that libraries choose their ways, on a stream of its own."""
+def warmed_up(job: Callable[[], object]) -> torch.cuda.Stream:
+    """A stream to capture `job` on, which has run there until libraries chose their ways."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             job()
     torch.cuda.current_stream().wait_stream(stream)
+    return stream
 
 
 @torch.no_grad()
@@ -140,9 +140,10 @@ def predict_logits(net: nn.Module, data: Dataset, precision: str, flip: bool = F
     """
     net.eval()
     images = data.test_images
+    size = 500 if images.device.type == "cpu" else 2000
     logits = torch.zeros(len(images), len(data.classes), device=images.device)
-    for start in ranks.share(range(0, len(images), EVALUATION_BATCH)):
-        batch = slice(start, start + EVALUATION_BATCH)
+    for start in ranks.share(range(0, len(images), size)):
+        batch = slice(start, start + size)
         inputs = normalize(images[batch], data.mean, data.std)
         logits[batch] = forward(net, inputs, precision)
         if flip:

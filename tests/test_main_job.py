@@ -10,8 +10,6 @@ from test_data import files, write_tar
 
 import checkpoint
 import flags
-import graph
-import machine
 import step
 import train
 from common import UserError
@@ -244,24 +242,6 @@ def test_schedules(schedule):
         assert [rates[i] for i in (40, 120)] == pytest.approx([0.5, 0.5])
     else:
         assert [rates[i] for i in (59, 60, 120)] == pytest.approx([0.5, 0.25, 0.125])
-
-
-def test_weight_decay_spares_what_has_one_dimension():
-    args = flags.parse_flags(["--weight-decay", "0.01"])
-    net = train.model.build("atrous", 10)
-    groups = train.make_training(net, args, torch.device("cpu"), 1).optimizer.param_groups
-    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
-    for parameter in net.parameters():
-        assert decay[id(parameter)] == (0.01 if parameter.ndim >= 2 else 0)
-
-
-def test_precision_on_a_cpu_follows_the_layers():
-    cpu = torch.device("cpu")
-    dense, depthwise = torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(3, 90, 9, groups=3)
-    layers = [graph.trace(module).layers for module in (dense, depthwise)]
-    chosen = [machine.choose_precision("auto", cpu, each) for each in layers]
-    assert chosen == ["bf16", "fp32"]
-    assert machine.choose_precision("fp16", cpu, layers[0]) == "fp16"
 
 
 def test_flags_read_back():

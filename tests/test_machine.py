@@ -1,0 +1,39 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import graph
+import machine
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_precision_on_a_cpu_follows_the_layers():
+    cpu = torch.device("cpu")
+    dense, depthwise = torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(3, 90, 9, groups=3)
+    layers = [graph.trace(module).layers for module in (dense, depthwise)]
+    chosen = [machine.choose_precision("auto", cpu, each) for each in layers]
+    assert chosen == ["bf16", "fp32"]
+    assert machine.choose_precision("fp16", cpu, layers[0]) == "fp16"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
+def test_freed_memory_is_kept():
+    code = """if True:
+        import resource, torch, machine
+        def faults():
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            for _ in range(9):
+                torch.ones(2**24).add(1)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+        faults(); plain = faults()
+        machine.keep_freed_memory()
+        faults(); kept = faults()
+        print(plain, kept)
+    """
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    plain, kept = map(int, run.stdout.split())
+    assert kept < plain / 10

@@ -1,0 +1,31 @@
+import torch
+from torch import nn
+
+import flags
+from model import build
+from optimise import make_training
+
+CPU = torch.device("cpu")
+
+
+def test_weight_decay_spares_what_has_one_dimension():
+    args = flags.parse_flags(["--weight-decay", "0.01"])
+    net = build("atrous", 10)
+    groups = make_training(net, args, CPU, 1).optimizer.param_groups
+    decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
+    for parameter in net.parameters():
+        assert decay[id(parameter)] == (0.01 if parameter.ndim >= 2 else 0)
+
+
+def test_depthwise_convolutions_stay_in_float32_on_a_cpu():
+    net = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1))
+    expected = net[0](images := torch.randn(2, 8, 9, 9).bfloat16().float())
+    training = make_training(net, flags.parse_flags([]), CPU, 1)
+    outputs = []
+    for module in net:
+        module.register_forward_hook(lambda *call: outputs.append(call[-1]))
+    with torch.autocast("cpu", torch.bfloat16):
+        training.parallel(images.bfloat16()).sum().backward()
+    assert [output.dtype for output in outputs] == [torch.float32, torch.bfloat16, torch.bfloat16]
+    torch.testing.assert_close(outputs[0], expected)
+    assert net[0].weight.grad.abs().sum() > 0
