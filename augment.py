@@ -120,7 +120,7 @@ def apply(
         return torch.where(_inside(params.hole, size), fill, images)
 
     with torch.autocast(images.device.type, enabled=False):
-        images = images.float()
+        images = images.to(torch.float32, copy=True)
         images = _where(params.flip, lambda images, _: images.flip(3), images, params)
         images = _where(params.affine, warp, images, params)
         has_hole = params.hole[:, 2] > 0
@@ -154,12 +154,12 @@ def sampling_grid(theta: Tensor, size: int) -> Tensor:
 def _where(
     drawn: Tensor, change: Callable[[Tensor, Params], Tensor], images: Tensor, params: Params
 ) -> Tensor:
-    """`images`, changed where `drawn`, bool (N,). A CPU computes only those; to ask a GPU which
-    they are would be to wait for it, and it computes all."""
+    """`images`, changed where `drawn`, bool (N,). A CPU computes only those, in place; to ask a GPU
+    which they are would be to wait for it, and it computes all."""
     if images.device.type != "cpu":
         return torch.where(drawn.view(-1, 1, 1, 1), change(images, params), images)
     index = drawn.nonzero().squeeze(1)
-    return images.index_copy(0, index, change(images[index], params[index]))
+    return images.index_copy_(0, index, change(images[index], params[index]))
 
 
 def _inside(hole: Tensor, size: int) -> Tensor:

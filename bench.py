@@ -62,28 +62,27 @@ def bench_epoch(args: Namespace, argv: list[str]) -> None:
         row = epoch_row(dataset, ways.settings(args.net, batch, precision))
         floor = measure.floor_seconds(layers, batch, step.DTYPES[precision], ceilings)
         rows.append(row | {"floor_seconds": EPOCH / batch * floor})
-    seconds = epoch_ways(dataset, args.net, precision)
     title = f"an epoch of 50,000 images, {args.net} on {dataset.name}, {precision}"
-    print(f"\n{title}; {device_name(device)}\n{format_rows(rows)}\n\n{format_ways(seconds)}")
+    print(f"\n{title}; {device_name(device)}\n{format_rows(rows)}\n", flush=True)
+    seconds = epoch_ways(dataset, args.net, precision)
+    print(format_ways(seconds))
     figures = {"title": title, "ceilings": vars(ceilings), "batch_sizes": rows}
     write("epoch", device_name(device), argv, figures | {"ways_epoch_seconds": seconds})
 
 
 def epoch_row(dataset: data.Dataset, settings: Namespace) -> dict[str, Any]:
-    """What an epoch takes, and its phases; `rest` is what lies between them: the gathering of
-    batches, the schedule, and on a GPU whatever has it wait."""
+    """What an epoch takes, and its phases; on a GPU what they leave of it is time spent waiting."""
     device, batch = dataset.train_images.device, settings.batch_size
     steps = 100 if device.type == "cuda" else 6
     measure.reset_peak_memory(device)
     way = {"ours": ways.training(dataset, settings)}
-    seconds = EPOCH / batch / measure.rates(way, device, warm_up=2, count=steps)["ours"]
+    rate = measure.rates(way, device, warm_up=2, count=steps)["ours"]
     memory = measure.peak_memory(device)
     phases = measure.phase_seconds(ways.phases(dataset, settings), device, 2 * steps)
-    phases = {name: EPOCH / batch * each for name, each in phases.items()}
     return {
         "batch_size": batch,
-        "epoch_seconds": seconds,
-        "phases_seconds": phases | {"rest": seconds - sum(phases.values())},
+        "epoch_seconds": EPOCH / batch / rate,
+        "phases_seconds": {name: EPOCH / batch * each for name, each in phases.items()},
         "peak_memory_bytes": memory,
     }
 

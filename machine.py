@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -82,9 +83,8 @@ def versions() -> dict[str, str | None]:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
-    packages = ("torch", "torchvision", "numpy", "Pillow", "albumentations")
-    return {
-        "python": sys.version.split()[0],
-        **{name: importlib.metadata.version(name) for name in packages},
-        "commit": commit,
-    }
+    found = {"python": sys.version.split()[0], "commit": commit}
+    for name in ("torch", "torchvision", "numpy", "Pillow", "albumentations"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found

@@ -51,14 +51,13 @@ def rates(
 def phase_seconds(phases: Phases, device: torch.device, rounds: int) -> dict[str, float]:
     """Median seconds of each phase of a step, one after the other; on a GPU, where launching them
     would take longer, each as a CUDA graph."""
-    if device.type == "cuda":
-        phases = _captured(phases)
-    for phase in phases.values():
-        phase()
+    jobs = _captured(phases) if device.type == "cuda" else phases
+    for job in jobs.values():
+        job()
     marks = [_mark(device)]
     for _ in range(rounds):
-        for phase in phases.values():
-            phase()
+        for job in jobs.values():
+            job()
             marks.append(_mark(device))
     _synchronize(device)
     taken = [_between(*pair) for pair in pairwise(marks)]

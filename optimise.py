@@ -42,6 +42,7 @@ class Training:
                 setattr(self, name, state[name])
         for group in self.optimizer.param_groups:
             group["lr"] = float(group["lr"])  # a tensor where a CUDA graph read it
+            group["fused"] = self.optimizer.defaults["fused"]  # of this device, not of that one
 
 
 def make_training(net: nn.Module, args: Namespace, device: torch.device, steps: int) -> Training:

@@ -118,6 +118,7 @@ def captured(step: Step, training: Training, images: Tensor, labels: Tensor) -> 
         graph.replay()
         return figures.clone()
 
+    replay.keeps = step, training  # a graph knows their memory only by its address
     return replay
 
 

@@ -208,7 +208,9 @@ def run(args: Namespace, argv: list[str], dataset: data.Dataset, start: float) -
     quiet = True if ranks.rank() else None  # None: only where stderr is no terminal
     policy = policy_of(args) if args.augment == "device" else None
     try:
+        begun = time.perf_counter()
         take_step = step.make_step(training, dataset, policy, args)
+        training.elapsed += time.perf_counter() - begun
         with (
             tqdm(**total, unit="step", leave=False, disable=quiet) as bar,
             noting_sigterm() as asked_to_end,
@@ -227,6 +229,9 @@ def run(args: Namespace, argv: list[str], dataset: data.Dataset, start: float) -
     except OSError as error:  # a full disk, say
         raise UserError(f"{error}; --resume {folder} goes on after the last line") from error
     except RuntimeError as error:
+        if args.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            reason = str(error).strip().partition("\n")[0]
+            raise UserError(f"--compile: {reason}; train without it") from error
         if "out of memory" not in str(error) and "not enough memory" not in str(error):
             raise
         raise UserError(

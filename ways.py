@@ -45,30 +45,32 @@ def training(dataset: data.Dataset, args: Namespace) -> Way:
 
 
 def phases(dataset: data.Dataset, args: Namespace) -> Phases:
-    """One such step on the first batch, in four parts."""
-    images, labels = (
-        dataset.train_images[: args.batch_size],
-        dataset.train_labels[: args.batch_size],
-    )
+    """One such step in five parts."""
+    index = torch.randperm(len(dataset.train_images), device=dataset.train_images.device)
+    index = index[: args.batch_size]
     learner, policy = _learner(dataset, args), flags.policy_of(args)
     learner.net.train()
     between: dict[str, Tensor] = {}
 
+    def gather() -> None:
+        between["images"] = dataset.train_images[index]
+        between["labels"] = dataset.train_labels[index]
+
     def augment() -> None:
-        between["inputs"] = step.prepared(images, policy, dataset.mean, dataset.std)
+        between["inputs"] = step.prepared(between["images"], policy, dataset.mean, dataset.std)
 
     def forward() -> None:
         logits = step.forward(learner.net, between["inputs"], args.precision)
-        between["loss"] = F.cross_entropy(logits, labels)
+        between["loss"] = F.cross_entropy(logits, between["labels"])
 
     def backward() -> None:
         between.pop("loss").backward()
 
-    def optimise() -> None:
+    def optimiser() -> None:
         learner.optimizer.step()
         learner.optimizer.zero_grad(set_to_none=True)
 
-    return {"augment": augment, "forward": forward, "backward": backward, "optimiser": optimise}
+    return {part.__name__: part for part in (gather, augment, forward, backward, optimiser)}
 
 
 def plain_loop(dataset: data.Dataset, args: Namespace) -> Way:

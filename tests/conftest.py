@@ -13,6 +13,7 @@ import report
 import synthetic
 
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once a process
 
 
 def pytest_addoption(parser):

@@ -84,6 +84,23 @@ def test_out_of_memory_is_one_line(tmp_path, monkeypatch, capsys):
     )
 
 
+def test_a_missing_compiler_is_one_line(tmp_path, monkeypatch, capsys):
+    class InvalidCxxCompiler(RuntimeError):
+        __module__ = "torch._inductor.exc"
+
+    def compiled(net):
+        def failing(*_):
+            raise InvalidCxxCompiler("No working C++ compiler found\nin all of these places")
+
+        return failing
+
+    monkeypatch.setattr(torch, "compile", compiled)
+    assert train.main([*SMALL, "--compile", "--out", str(tmp_path / "run")]) == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "error: --compile: No working C++ compiler found; train without it"
+    )
+
+
 def test_a_full_disk_is_one_line_that_names_the_way_on(tmp_path, monkeypatch, capsys):
     def full(*_):
         raise OSError(28, "No space left on device", "last.pt.tmp")

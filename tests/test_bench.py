@@ -52,9 +52,11 @@ def test_an_epoch_and_its_phases(arguments, briefly, tmp_path, capsys):
     content = result(tmp_path, "epoch")
     for row, batch in zip(content["batch_sizes"], (32, 64), strict=True):
         assert row["batch_size"] == batch
-        phases = ["augment", "forward", "backward", "optimiser", "rest"]
+        phases = ["gather", "augment", "forward", "backward", "optimiser"]
         assert list(row["phases_seconds"]) == phases
-        assert sum(row["phases_seconds"].values()) == pytest.approx(row["epoch_seconds"])
+        assert all(
+            seconds > 0 for seconds in [*row["phases_seconds"].values(), row["epoch_seconds"]]
+        )
         assert row["floor_seconds"] > 0
         assert row["peak_memory_bytes"] > 2**27
     ways = content["ways_epoch_seconds"]

@@ -260,13 +260,19 @@ def test_deterministic_algorithms_where_asked_for(tmp_path, no_pictures):
 
 
 @pytest.mark.gpu
-def test_the_same_bits_again_on_a_gpu(tmp_path, no_pictures):
-    for name in ("one", "two"):
-        out = ["--device", "cuda", "--deterministic", "--out", str(tmp_path / name)]
-        assert train.main([*SMALL, *out]) == 0
-    assert timeless(tmp_path / "one") == timeless(tmp_path / "two")
-    nets = [checkpoint.load(tmp_path / n / "model.pt")["state_dict"] for n in ("one", "two")]
-    assert all(torch.equal(value, nets[1][name]) for name, value in nets[0].items())
+def test_the_same_bits_again_on_a_gpu(tmp_path, monkeypatch, no_pictures):
+    folders = [tmp_path / name for name in ("one", "two", "resumed")]
+    arguments = [*SMALL, "--device", "cuda", "--deterministic", "--out"]
+    for folder in folders[:2]:
+        assert train.main([*arguments, str(folder)]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(train.report, "write_history", lambda *_: signal.raise_signal(signal.SIGTERM))
+        assert train.main([*arguments, str(folders[2])]) == 143
+    assert train.main(["--resume", str(folders[2])]) == 0
+    assert timeless(folders[0]) == timeless(folders[1]) == timeless(folders[2])
+    first, *others = [checkpoint.load(each / "model.pt")["state_dict"] for each in folders]
+    for other in others:
+        assert all(torch.equal(value, other[name]) for name, value in first.items())
 
 
 @pytest.mark.gpu

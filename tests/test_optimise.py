@@ -29,3 +29,16 @@ def test_depthwise_convolutions_stay_in_float32_on_a_cpu():
     assert [output.dtype for output in outputs] == [torch.float32, torch.bfloat16, torch.bfloat16]
     torch.testing.assert_close(outputs[0], expected)
     assert net[0].weight.grad.abs().sum() > 0
+
+
+def test_a_state_from_a_gpu_goes_on_here():
+    def learner():
+        return make_training(nn.Conv2d(3, 4, 3), flags.parse_flags([]), CPU, 10)
+
+    state = learner().state()
+    for group in state["optimizer"]["param_groups"]:
+        group |= {"lr": torch.tensor(group["lr"]), "fused": True}
+    other = learner()
+    other.load_state(state)
+    assert all(isinstance(group["lr"], float) for group in other.optimizer.param_groups)
+    assert not any(group["fused"] for group in other.optimizer.param_groups)

@@ -1,3 +1,4 @@
+import json
 from dataclasses import replace
 
 import pytest
@@ -7,6 +8,7 @@ from torch import nn
 import data
 import flags
 import step
+import train
 from augment import Policy
 from model import build
 from optimise import make_training
@@ -36,7 +38,7 @@ def test_what_the_net_sees():
     assert not torch.equal(one, other)
 
 
-def train(precision):
+def taken(precision):
     torch.manual_seed(0)
     dataset = data.load("synthetic", None, CPU, train_images=64)
     net = build("net136k", 10).to(memory_format=torch.channels_last)
@@ -51,7 +53,7 @@ def train(precision):
 
 def test_steps_lower_the_loss_in_either_precision():
     for precision in ("fp32", "bf16"):
-        losses, right, skipped = zip(*train(precision), strict=True)
+        losses, right, skipped = zip(*taken(precision), strict=True)
         assert not any(skipped)
         assert losses[-1] < 0.7 * losses[0]
         assert right[-1] > right[0]
@@ -113,13 +115,21 @@ def learner(argv, policy):
     return dataset, training, step.make_step(training, dataset, policy, args)
 
 
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("schedule", ["onecycle", "cyclic", "step"])
-def test_a_graph_learns_what_eager_steps_learn(schedule):
-    taken = {}
-    torch.use_deterministic_algorithms(True, warn_only=True)
+def test_a_graph_learns_what_eager_steps_learn(schedule, deterministic):
+    taken = []
     for way in ([], ["--eager"]):
         dataset, training, take_step = learner(["--schedule", schedule, "--lr", "0.05", *way], None)
+        for group in training.optimizer.param_groups:  # rounded alike
+            group["lr"] = torch.as_tensor(group["lr"], device="cuda")
         training.net.train()
         losses, rates = [], []
         for number in range(56):  # beyond the first drop of `step`
@@ -127,18 +137,32 @@ def test_a_graph_learns_what_eager_steps_learn(schedule):
             rates.append(float(training.scheduler.get_last_lr()[0]))
             losses.append(take_step(dataset.train_images[batch], dataset.train_labels[batch])[0])
             training.scheduler.step()
-        values = [tensor.float() for tensor in training.net.state_dict().values()]
-        taken[bool(way)] = (
-            torch.stack(losses),
-            torch.tensor(rates),
-            torch.cat([value.flatten() for value in values]),
-        )
-    torch.use_deterministic_algorithms(False)
-    for graph, eager in zip(taken[False], taken[True], strict=True):
-        torch.testing.assert_close(graph, eager, rtol=1e-3, atol=1e-4)
-    losses, rates, _ = taken[False]
+        weights = [tensor.flatten().float() for tensor in training.net.state_dict().values()]
+        taken.append((torch.tensor(rates), torch.stack(losses), torch.cat(weights)))
+    for graph, eager in zip(*taken, strict=True):
+        torch.testing.assert_close(graph, eager, rtol=1e-4, atol=1e-5)
+    rates, losses, _ = taken[0]
     assert losses[-1] < losses[0]
     assert len(set(rates.tolist())) > 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["--momentum", "0"],
+        ["--label-smoothing", "0.1", "--border", "constant", "--fill", "9"],
+        ["--augment", "albumentations", "--workers", "0"],
+        ["--compile"],
+    ],
+)
+def test_what_is_captured_with_other_flags(extra, tmp_path, no_pictures):
+    flags = ["--data", "synthetic", "--train-images", "512", "--batch-size", "64", "--lr", "0.1"]
+    folder = tmp_path / "run"
+    flags += ["--device", "cuda", "--epochs", "2", "--out", str(folder), *extra]
+    assert train.main(flags) == 0
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    assert lines[1]["train_loss"] < lines[0]["train_loss"]
 
 
 @pytest.mark.gpu
