@@ -145,10 +145,10 @@ def inverse_matrix(params: Params, size: int) -> Tensor:
 def sampling_grid(theta: Tensor, size: int) -> Tensor:
     """`affine_grid(theta, (N, C, size, size), align_corners=True)` (N, size, size, 2), multiplied
     out: no matrix product, so neither autocast nor TF32 can round the positions, and faster."""
-    line = torch.linspace(-1, 1, size, device=theta.device)
-    x, y = line.view(1, 1, -1, 1), line.view(1, -1, 1, 1)
-    column_x, column_y, offset = (c.view(-1, 1, 1, 2) for c in theta.unbind(2))
-    return column_x * x + (column_y * y + offset)
+    x = torch.linspace(-1, 1, size, device=theta.device)
+    column_x, column_y, offset = (c.view(-1, 2, 1, 1) for c in theta.unbind(2))
+    planes = column_x * x + (column_y * x.unsqueeze(1) + offset)
+    return planes.permute(0, 2, 3, 1)
 
 
 def _where(
@@ -159,7 +159,7 @@ def _where(
     if images.device.type != "cpu":
         return torch.where(drawn.view(-1, 1, 1, 1), change(images, params), images)
     index = drawn.nonzero().squeeze(1)
-    return images.index_copy_(0, index, change(images[index], params[index]))
+    return images.index_copy_(0, index, change(images.index_select(0, index), params[index]))
 
 
 def _inside(hole: Tensor, size: int) -> Tensor:

@@ -129,11 +129,11 @@ def format_ways(seconds: dict[str, float]) -> str:
 
 
 def bench_augment(args: Namespace, argv: list[str]) -> None:
-    """Images a second, uint8 in, normalised batches of 512 out."""
+    """Images a second, uint8 in, normalised batches of 256 out."""
     require("kornia")
     device = choose_device(args.device)
     dataset = data.load(args.data, Path("data"), device)
-    count = 90 if device.type == "cuda" else 20
+    count = 180 if device.type == "cuda" else 80
     every = ways.augmentations(dataset, CORES)
     rates = measure.rates(every, device, warm_up=2 * CORES + 2, count=count)
     rates = {name: rate * ways.AUGMENTED_BATCH for name, rate in rates.items()}

@@ -71,8 +71,8 @@ def training_batches(
         for images, labels in loader:
             yield images.to(device, non_blocking=True), labels.to(device)
         return
-    for index in batches:
-        yield dataset.train_images[index], dataset.train_labels[index]
+    for index in batches:  # index_select: on a CPU ten times as fast as images[index]
+        yield dataset.train_images.index_select(0, index), dataset.train_labels[index]
 
 
 def train_epoch(

@@ -18,7 +18,7 @@ from common import SIZE
 from measure import Phases, Way
 from optimise import Training, make_training
 
-AUGMENTED_BATCH = 512
+AUGMENTED_BATCH = 256
 
 
 def settings(net: str, batch_size: int, precision: str, *argv: str) -> Namespace:
@@ -53,7 +53,7 @@ def phases(dataset: data.Dataset, args: Namespace) -> Phases:
     between: dict[str, Tensor] = {}
 
     def gather() -> None:
-        between["images"] = dataset.train_images[index]
+        between["images"] = dataset.train_images.index_select(0, index)
         between["labels"] = dataset.train_labels[index]
 
     def augment() -> None:
@@ -104,7 +104,7 @@ def augmentations(dataset: data.Dataset, cores: int) -> dict[str, Way]:
     def batched(augment: Callable[[Tensor], Tensor]) -> Way:
         def way() -> Iterator[Tensor]:
             for index in _index_batches(dataset):
-                yield augment(dataset.train_images[index])
+                yield augment(dataset.train_images.index_select(0, index))
 
         return way
 
