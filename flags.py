@@ -118,7 +118,7 @@ def parse_flags(argv: list[str]) -> Namespace:
     parser.set_defaults(**flags)
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        if name not in MAY_CHANGE and value != flags.get(name, value):
+        if name not in MAY_CHANGE and value != flags.get(name):
             option = "--" + name.replace("_", "-")
             raise UserError(f"{option} {value}: the run in {args.resume} has {flags.get(name)}")
     return args

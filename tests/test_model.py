@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -23,7 +25,8 @@ def test_the_default_net_is_what_it_promises(net):
     assert rf.receptive_field(net) > 44
     assert any(c.groups == c.in_channels > 1 for c in convs)  # depthwise
     assert any(max(c.dilation) > 1 for c in convs)
-    assert all(max(c.dilation) > 1 for c in convs if max(c.stride) > 1)
+    assert all(max(c.dilation) == 1 for c in convs if max(c.stride) > 1)  # else pixels are lost
+    assert math.prod(max(c.stride) for c in convs) == 4
     assert not any("Max" in type(module).__name__ for module in net.modules())
     assert any(isinstance(module, GlobalAveragePool) for module in net.modules())
 
