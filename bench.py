@@ -62,7 +62,7 @@ def bench_epoch(args: Namespace, argv: list[str]) -> None:
         row = epoch_row(dataset, ways.settings(args.net, batch, precision))
         floor = measure.floor_seconds(layers, batch, step.DTYPES[precision], ceilings)
         rows.append(row | {"floor_seconds": EPOCH / batch * floor})
-    title = f"an epoch of 50,000 images, {args.net} on {dataset.name}, {precision}"
+    title = f"seconds for 50,000 images, {args.net} on {dataset.name}, {precision}"
     print(f"\n{title}; {device_name(device)}\n{format_rows(rows)}\n", flush=True)
     seconds = epoch_ways(dataset, args.net, precision)
     print(format_ways(seconds))
@@ -108,14 +108,16 @@ def epoch_ways(dataset: data.Dataset, net: str, precision: str) -> dict[str, flo
 
 
 def format_rows(rows: list[dict[str, Any]]) -> str:
-    """Seconds an epoch."""
+    """In seconds an epoch."""
     names = ["epoch", *rows[0]["phases_seconds"], "floor"]
-    lines = [f"{'batch':>5} " + " ".join(f"{name:>9}" for name in names) + f" {'memory':>9}"]
+    lines = ["batch " + " ".join(f"{name:>8}" for name in names) + f" {'memory':>9}"]
     for row in rows:
         seconds = [row["epoch_seconds"], *row["phases_seconds"].values(), row["floor_seconds"]]
-        figures = " ".join(f"{each:7.3f} s" for each in seconds)
-        memory = row["peak_memory_bytes"] / 2**20
-        lines.append(f"{row['batch_size']:5d} {figures} {memory:5,.0f} MiB")
+        columns = zip(names, seconds, strict=True)
+        figures = " ".join(f"{each:{max(len(name), 8)}.3f}" for name, each in columns)
+        lines.append(
+            f"{row['batch_size']:5d} {figures} {row['peak_memory_bytes'] / 2**20:5,.0f} MiB"
+        )
     return "\n".join(lines)
 
 

@@ -48,11 +48,10 @@ HEADER = (
 )
 
 
-def training_batches(
-    dataset: data.Dataset, args: Namespace, device: torch.device
-) -> Iterator[tuple[Tensor, Tensor]]:
+def training_batches(dataset: data.Dataset, args: Namespace) -> Iterator[tuple[Tensor, Tensor]]:
     """One shuffled epoch: images uint8 (B, 3, 32, 32), augmented already where that is done on the
     host, and labels (B,); of each batch, this process's share."""
+    device = dataset.train_images.device
     batches = data.epoch_batches(len(dataset.train_images), args.batch_size, device)
     batches = [ranks.share(index) for index in batches]
     ranks.own_streams()
@@ -76,18 +75,13 @@ def training_batches(
 
 
 def train_epoch(
-    training: Training,
-    take_step: step.Step,
-    dataset: data.Dataset,
-    args: Namespace,
-    device: torch.device,
-    bar: tqdm,
+    training: Training, take_step: step.Step, dataset: data.Dataset, args: Namespace, bar: tqdm
 ) -> dict[str, float]:
     """One epoch of optimiser steps; its learning rate, loss, accuracy, seconds and images/s."""
     training.net.train()
     start = time.perf_counter()
     rates, figures = [], []
-    for images, labels in training_batches(dataset, args, device):
+    for images, labels in training_batches(dataset, args):
         rates.append(training.scheduler.get_last_lr()[0])
         figures.append(take_step(images, labels))
         training.scheduler.step()
@@ -115,19 +109,14 @@ def train_epoch(
 
 
 def run_epoch(
-    training: Training,
-    take_step: step.Step,
-    dataset: data.Dataset,
-    args: Namespace,
-    device: torch.device,
-    bar: tqdm,
+    training: Training, take_step: step.Step, dataset: data.Dataset, args: Namespace, bar: tqdm
 ) -> None:
     """Train and evaluate one epoch, seeded by run and epoch so that a resumed run needs no state of
     a generator, and add its line to the history."""
     start = time.perf_counter()
     epoch = len(training.history) + 1
     torch.manual_seed(args.seed * 1_000_003 + epoch)
-    line = train_epoch(training, take_step, dataset, args, device, bar)
+    line = train_epoch(training, take_step, dataset, args, bar)
     ranks.share_statistics(training.net)
     logits = step.predict_logits(training.net, dataset, args.precision)
     line["test_loss"] = F.cross_entropy(logits, dataset.test_labels).item()
@@ -216,7 +205,7 @@ def run(args: Namespace, argv: list[str], dataset: data.Dataset, start: float) -
             noting_sigterm() as asked_to_end,
         ):
             while len(training.history) < args.epochs:
-                run_epoch(training, take_step, dataset, args, device, bar)
+                run_epoch(training, take_step, dataset, args, bar)
                 if ranks.rank() == 0:
                     checkpoint.save(folder / "last.pt", {"data": dataset.name, **training.state()})
                     report.write_history(folder, training.history)
@@ -241,7 +230,7 @@ def run(args: Namespace, argv: list[str], dataset: data.Dataset, start: float) -
     if ranks.rank() > 0:
         return facts
     torch.manual_seed(args.seed)
-    images, labels = next(training_batches(dataset, args, device))
+    images, labels = next(training_batches(dataset, args))
     examples = step.prepared(images, policy, dataset.mean, dataset.std), labels
     summary = {
         **report.write_outcome(folder, net, dataset, args, training.history, logits, examples),

@@ -29,7 +29,6 @@ def settings(net: str, batch_size: int, precision: str, *argv: str) -> Namespace
 
 def training(dataset: data.Dataset, args: Namespace) -> Way:
     """train.py's own steps."""
-    device = dataset.train_images.device
     learner = _learner(dataset, args)
     policy = flags.policy_of(args) if args.augment == "device" else None
     take_step = step.make_step(learner, dataset, policy, args)
@@ -37,7 +36,7 @@ def training(dataset: data.Dataset, args: Namespace) -> Way:
     def way() -> Iterator[Tensor]:
         learner.net.train()
         while True:
-            for images, labels in train.training_batches(dataset, args, device):
+            for images, labels in train.training_batches(dataset, args):
                 yield take_step(images, labels)
                 learner.scheduler.step()
 
