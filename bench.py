@@ -1,17 +1,16 @@
 """What is measured, against what, on which device.
 
     python bench.py epoch | augment | startup | all [--data …]
-    python bench.py nets --epochs 40 [--data …] [--repeat N] [--own-recipes]
+    python bench.py nets | recipes | ingredients | lengths [--epochs …] [--repeat N]
 
 Each prints a table and writes it, with device, versions and data set, to `results/`; `all` is all
-but `nets`.
+of the first line.
 """
 
 import json
 import os
 import re
 import shlex
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -28,9 +27,8 @@ import measure
 import model
 import report
 import step
-import train
+import trials
 import ways
-import zoo
 from common import Parser, UserError, exit_status, require
 from machine import (
     DEVICES,
@@ -208,78 +206,25 @@ def bench_startup(args: Namespace, argv: list[str]) -> None:
     write("startup", summary["device"], argv, {"title": title, "epochs": epochs, "cache": rows})
 
 
-def bench_nets(args: Namespace, argv: list[str]) -> None:
-    """Train every net in turn, under train.py's defaults or each under its own recipe.
-
-    The runs lie in DIR/<net>/s<seed>; one that is there already is gone on with, not repeated.
-    """
-    rows = []
-    for net in model.NETS:
-        folders = [Path(args.out) / net / f"s{seed}" for seed in range(args.repeat)]
-        for seed, folder in enumerate(folders):
-            train_one(net, seed, folder, args)
-        rows.append(row_of(folders))
-    name = "nets-own-recipes" if args.own_recipes else "nets"
-    recipe = "each net's own recipe" if args.own_recipes else "one recipe, train.py's defaults"
-    first = rows[0]["runs"][0]
+def bench_trainings(args: Namespace, argv: list[str]) -> None:
+    """Train every variant in turn: their accuracies, their seconds, and a picture of both."""
+    rows = trials.train_all(args.variants(args), args)
+    first, name = rows[0]["runs"][0], args.variants.__name__
     seeds = f"{args.repeat} seeds" if args.repeat > 1 else "one seed"
-    title = f"{args.epochs} epochs on {first['data']}, {seeds}, {recipe}"
-    print(f"\n{title}; {first['device']}, {first['precision']}\n{format_nets(rows)}")
-    write(name, first["device"], argv, {"title": title, "nets": rows})
+    title = f"{name} on {first['data']}, {seeds}"
+    print(f"\n{title}; {first['device']}, {first['precision']}\n{trials.table(rows)}")
+    path = write(name, first["device"], argv, {"title": title, name: rows})
+    trials.draw(path.with_suffix(".png"), rows, args)
 
 
-def train_one(net: str, seed: int, folder: Path, args: Namespace) -> None:
-    argv = ["--net", net, "--seed", str(seed), "--epochs", str(args.epochs), "--data", args.data]
-    argv += ["--device", args.device, "--out", str(folder)]
-    if args.own_recipes and net in zoo.RECIPES:
-        argv += ["--recipe", net]
-    if (folder / "config.json").exists():
-        argv += ["--resume", str(folder)]
-    print(f"\n{net}, seed {seed}", flush=True)
-    train.run_all(flags.parse_flags(argv), argv)
-
-
-def row_of(folders: list[Path]) -> dict[str, Any]:
-    """One net's runs as a row; accuracies are fractions, sd None for one seed."""
-    runs = [json.loads((folder / "summary.json").read_text()) for folder in folders]
-    seconds = [
-        json.loads(line)["seconds"]
-        for folder in folders
-        for line in (folder / "metrics.jsonl").read_text().splitlines()
-    ]
-    row = {key: runs[0][key] for key in ("net", "parameters", "multiply_adds", "receptive_field")}
-    for key in ("final_accuracy", "best_accuracy"):
-        values = [run[key] for run in runs]
-        sd = statistics.stdev(values) if len(values) > 1 else None
-        row[key] = {"mean": statistics.fmean(values), "sd": sd}
-    return row | {"median_epoch_seconds": statistics.median(seconds), "runs": runs}
-
-
-def format_nets(rows: list[dict[str, Any]]) -> str:
-    def percent(accuracy: dict[str, float | None]) -> str:
-        spread = "" if accuracy["sd"] is None else f" ± {accuracy['sd']:.2%}"
-        return f"{accuracy['mean']:.2%}{spread}"
-
-    lines = [
-        f"{'net':<8} {'parameters':>10} {'multiply-adds':>13} {'field':>5} "
-        f"{'final accuracy':>15} {'best':>15} {'s/epoch':>7}"
-    ]
-    lines += [
-        f"{row['net']:<8} {row['parameters']:10,d} {row['multiply_adds'] / 1e6:11.1f} M "
-        f"{row['receptive_field']:5d} {percent(row['final_accuracy']):>15} "
-        f"{percent(row['best_accuracy']):>15} {row['median_epoch_seconds']:7.2f}"
-        for row in rows
-    ]
-    return "\n".join(lines)
-
-
-def write(name: str, device: str, argv: list[str], figures: dict[str, Any]) -> None:
+def write(name: str, device: str, argv: list[str], figures: dict[str, Any]) -> Path:
     """As results/<name>-<device>.json."""
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}-{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
     facts = {"command": shlex.join(["python", "bench.py", *argv]), "device": device}
     report.write_json(path, facts | {"versions": versions()} | figures)
     print(f"written to {path}")
+    return path
 
 
 def bench_all(args: Namespace, argv: list[str]) -> None:
@@ -312,11 +257,19 @@ def main(argv: list[str]) -> int:
             command.add_argument("--batch-size", type=count, nargs="+")
         for command in (startup, everything):
             command.add_argument("--epochs", type=count, help="default: 40 on a GPU, else 1")
-        nets = add("nets", bench_nets, "train the default net and the published ones in turn")
-        nets.add_argument("--epochs", type=count, default=40)
-        nets.add_argument("--repeat", type=count, default=1, help="so many seeds each")
-        nets.add_argument("--own-recipes", action="store_true", help="each net's, not train.py's")
-        nets.add_argument("--out", metavar="DIR", default="runs/nets", help="where the runs lie")
+        several: dict[str, Any] = {"nargs": "+", "default": [8, 15, 40, 100]}
+        for variants, epochs, text in (
+            (trials.nets, {"default": 40}, "train the default net and the published ones"),
+            (trials.recipes, {"default": 40}, "the same, each under its own recipe"),
+            (trials.ingredients, {"default": 40}, "train with all of the recipe but one part"),
+            (trials.lengths, several, "train for so many epochs each"),
+        ):
+            name = variants.__name__
+            command = add(name, bench_trainings, text)
+            command.set_defaults(variants=variants)
+            command.add_argument("--epochs", type=count, **epochs)
+            command.add_argument("--repeat", type=count, default=1, help="so many seeds each")
+            command.add_argument("--out", metavar="DIR", default=f"runs/{name}", help="of the runs")
         args = parser.parse_args(argv)
         keep_freed_memory()
         args.bench(args, argv)

@@ -84,8 +84,9 @@ def make_scheduler(optimizer: torch.optim.Optimizer, args: Namespace, steps: int
     every six epochs."""
     total = args.epochs * steps
     if args.schedule == "onecycle":
+        rise = 0.25 if total != 4 else 0.3  # OneCycleLR divides by rise × total - 1
         return OneCycleLR(
-            optimizer, args.lr, total_steps=total, pct_start=0.25, cycle_momentum=False
+            optimizer, args.lr, total_steps=total, pct_start=rise, cycle_momentum=False
         )
     if args.schedule == "cyclic":
         half = max(1, total // (2 * max(1, args.epochs // 8)))

@@ -86,9 +86,9 @@ def test_startup(arguments, tmp_path):
     assert bench.main(["startup", "--data", "missing.tar"]) == 2
 
 
-def test_all_is_all_but_nets(monkeypatch):
+def test_all_trains_no_variants(monkeypatch):
     called = []
-    for name in ("epoch", "augment", "startup", "nets"):
+    for name in ("epoch", "augment", "startup", "trainings"):
         monkeypatch.setattr(bench, f"bench_{name}", lambda *_, name=name: called.append(name))
     assert bench.main(["all"]) == 0
     assert called == ["augment", "epoch", "startup"]
@@ -102,7 +102,7 @@ def test_nets_side_by_side(arguments, tmp_path, capsys):
     assert "±" in second
     (path,) = (tmp_path / "results").glob("nets-cpu-*.json")
     result = json.loads(path.read_text())
-    assert result["title"] == "1 epochs on pets, 2 seeds, one recipe, train.py's defaults"
+    assert result["title"] == "nets on pets, 2 seeds"
     for row, name in zip(result["nets"], ("atrous", "net136k"), strict=True):
         assert row["net"] == name
         assert [run["seed"] for run in row["runs"]] == [0, 1]
@@ -113,15 +113,41 @@ def test_nets_side_by_side(arguments, tmp_path, capsys):
 
 
 def test_own_recipes_and_going_on(arguments, tmp_path, capsys):
-    assert bench.main([*arguments, "--own-recipes"]) == 0
-    (path,) = (tmp_path / "results").glob("nets-own-recipes-*.json")
-    recipes = [row["runs"][0]["recipe"] for row in json.loads(path.read_text())["nets"]]
+    assert bench.main(["recipes", *arguments[1:]]) == 0
+    recipes = [row["runs"][0]["recipe"] for row in result(tmp_path, "recipes")["recipes"]]
     assert recipes == [None, "net136k"]
     metrics = (tmp_path / "runs/net136k/s0/metrics.jsonl").read_text()
-    assert bench.main([*arguments, "--own-recipes"]) == 0
+    assert bench.main(["recipes", *arguments[1:]]) == 0
     assert (tmp_path / "runs/net136k/s0/metrics.jsonl").read_text() == metrics
     assert bench.main(["nets", "--epochs", "2", *arguments[5:]]) == 2
     assert "--epochs 2: the run in" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_all_but_one_ingredient(arguments, tmp_path, capsys):
+    assert bench.main(["ingredients", *arguments[1:]]) == 0
+    rows = result(tmp_path, "ingredients")["ingredients"]
+    *_, first, _, without_affine, _, _, _, _ = capsys.readouterr().out.splitlines()
+    assert first.startswith("the default ")
+    assert without_affine.startswith("no shift-scale-rotate ")
+    default, *others = [trained(tmp_path / "runs", row["name"]) for row in rows]
+    changed = [{name for name in default if flags[name] != default[name]} for flags in others]
+    left_out = ["flip_p", "affine_p", "cutout_p", "weight_decay", "schedule"]
+    assert changed == [{name, "out"} for name in left_out]
+    assert all(not flags[name] for flags, name in zip(others[:4], left_out, strict=False))
+
+
+def trained(runs, name):
+    folder = runs / name.replace(" ", "-") / "s0"
+    return json.loads((folder / "config.json").read_text())["flags"]
+
+
+def test_lengths(arguments, tmp_path):
+    assert bench.main(["lengths", *arguments[1:3], "--epochs", "1", "2", *arguments[5:]]) == 0
+    rows = result(tmp_path, "lengths")["lengths"]
+    assert [row["epochs"] for row in rows] == [1, 2]
+    assert [len(row["runs"]) for row in rows] == [1, 1]
+    (picture,) = (tmp_path / "results").glob("lengths-*.png")
+    assert picture.stat().st_size > 10_000
 
 
 def test_mistakes_are_one_line(capsys):

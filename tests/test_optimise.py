@@ -1,3 +1,4 @@
+import pytest
 import torch
 from torch import nn
 
@@ -29,6 +30,20 @@ def test_depthwise_convolutions_stay_in_float32_on_a_cpu():
     assert [output.dtype for output in outputs] == [torch.float32, torch.bfloat16, torch.bfloat16]
     torch.testing.assert_close(outputs[0], expected)
     assert net[0].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("steps", [*range(2, 10), 1000])
+def test_onecycle_rises_and_falls_to_zero_however_short_the_run(steps):
+    args = flags.parse_flags(["--epochs", "1", "--lr", "0.5"])
+    training = make_training(nn.Conv2d(3, 4, 3), args, CPU, steps)
+    rates = []
+    for _ in range(steps):
+        rates.append(training.optimizer.param_groups[0]["lr"])
+        training.optimizer.step()
+        training.scheduler.step()
+    assert rates[-1] < 1e-5
+    if steps > 100:
+        assert 0.49 < max(rates) == max(rates[: steps // 4 + 1])
 
 
 def test_a_state_from_a_gpu_goes_on_here():

@@ -1,0 +1,113 @@
+"""Whole trainings beside each other: the nets, the recipe less one ingredient, other lengths."""
+
+import json
+import statistics
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import checkpoint
+import flags
+import model
+import plots
+import train
+import zoo
+
+INGREDIENTS = {  # the flags that leave one out of train.py's recipe
+    "the default": [],
+    "no flip": ["--flip-p", "0"],
+    "no shift-scale-rotate": ["--affine-p", "0"],
+    "no cutout": ["--cutout-p", "0"],
+    "no weight decay": ["--weight-decay", "0"],
+    "no OneCycle": ["--schedule", "step"],
+}
+
+
+# What is compared: each line's name, and its flags of train.py
+
+
+def nets(args: Namespace) -> dict[str, list[str]]:
+    """The default net and the published ones, under train.py's recipe."""
+    return {net: ["--epochs", str(args.epochs), "--net", net] for net in model.NETS}
+
+
+def recipes(args: Namespace) -> dict[str, list[str]]:
+    """The same, each published net under its own recipe."""
+    own = {net: ["--recipe", net] for net in zoo.RECIPES}
+    return {net: [*given, *own.get(net, [])] for net, given in nets(args).items()}
+
+
+def ingredients(args: Namespace) -> dict[str, list[str]]:
+    """The default net under train.py's recipe, and under all of it but one ingredient."""
+    return {name: ["--epochs", str(args.epochs), *less] for name, less in INGREDIENTS.items()}
+
+
+def lengths(args: Namespace) -> dict[str, list[str]]:
+    """The default net, trained for each number of epochs."""
+    return {f"{epochs} epochs": ["--epochs", str(epochs)] for epochs in args.epochs}
+
+
+def train_all(variants: dict[str, list[str]], args: Namespace) -> list[dict[str, Any]]:
+    """Train each variant with `--repeat` seeds; a row of each.
+
+    The runs lie in DIR/<variant>/s<seed>; one that is there already is gone on with, not repeated.
+    """
+    rows = []
+    for name, given in variants.items():
+        folders = [run_folder(args, name, seed) for seed in range(args.repeat)]
+        for seed, folder in enumerate(folders):
+            print(f"\n{name}, seed {seed}", flush=True)
+            train_one([*given, "--seed", str(seed)], folder, args)
+        rows.append({"name": name} | row_of(folders))
+    return rows
+
+
+def run_folder(args: Namespace, name: str, seed: int) -> Path:
+    return Path(args.out) / name.replace(" ", "-") / f"s{seed}"
+
+
+def train_one(given: list[str], folder: Path, args: Namespace) -> None:
+    argv = ["--data", args.data, "--device", args.device, "--out", str(folder), *given]
+    if (folder / "config.json").exists():
+        argv += ["--resume", str(folder)]
+    train.run_all(flags.parse_flags(argv), argv)
+
+
+def row_of(folders: list[Path]) -> dict[str, Any]:
+    """One variant's runs as a row; accuracies are fractions, sd None for one seed."""
+    runs = [json.loads((folder / "summary.json").read_text()) for folder in folders]
+    seconds = [line["seconds"] for folder in folders for line in checkpoint.load_history(folder)]
+    row = {
+        key: runs[0][key]
+        for key in ("net", "parameters", "multiply_adds", "receptive_field", "epochs")
+    }
+    for key in ("final_accuracy", "flip_accuracy", "best_accuracy", "training_seconds"):
+        values = [run[key] for run in runs]
+        sd = statistics.stdev(values) if len(values) > 1 else None
+        row[key] = {"mean": statistics.fmean(values), "sd": sd}
+    return row | {"median_epoch_seconds": statistics.median(seconds), "runs": runs}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    def percent(accuracy: dict[str, float | None]) -> str:
+        spread = "" if accuracy["sd"] is None else f" ± {accuracy['sd']:.2%}"
+        return f"{accuracy['mean']:.2%}{spread}"
+
+    width = max(len(row["name"]) for row in rows)
+    lines = [
+        f"{'':<{width}} {'parameters':>10} {'epochs':>6} {'final accuracy':>15} "
+        f"{'flip-averaged':>15} {'s/epoch':>7} {'s in all':>8}"
+    ]
+    lines += [
+        f"{row['name']:<{width}} {row['parameters']:10,d} {row['epochs']:6d} "
+        f"{percent(row['final_accuracy']):>15} {percent(row['flip_accuracy']):>15} "
+        f"{row['median_epoch_seconds']:7.2f} {row['training_seconds']['mean']:8,.1f}"
+        for row in rows
+    ]
+    return "\n".join(lines)
+
+
+def draw(path: Path, rows: list[dict[str, Any]], args: Namespace) -> None:
+    """Test accuracy against epochs and seconds, of the first seed of each row."""
+    first = {row["name"]: run_folder(args, row["name"], 0) for row in rows}
+    plots.comparison(path, {name: checkpoint.load_history(run) for name, run in first.items()})
