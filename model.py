@@ -31,11 +31,8 @@ def conv(inputs: int, outputs: int, kernel: int = 3, **options: int) -> nn.Seque
 
 def separable(inputs: int, outputs: int, kernel: int = 3, **options: int) -> nn.Sequential:
     """A depthwise convolution, then a 1×1 that mixes the channels, BatchNorm behind each."""
-    padding = options.get("dilation", 1) * (kernel // 2)
     return nn.Sequential(
-        nn.Conv2d(inputs, inputs, kernel, padding=padding, groups=inputs, bias=False, **options),
-        nn.BatchNorm2d(inputs),
-        *conv(inputs, outputs, 1),
+        *conv(inputs, inputs, kernel, groups=inputs, **options), *conv(inputs, outputs, 1)
     )
 
 
@@ -61,22 +58,23 @@ class GlobalAveragePool(nn.Module):
 
 
 def atrous(num_classes: int, dropout: float = 0.0) -> nn.Sequential:
-    """Residual blocks (He et al. 2016): dense 3×3 ones where the map is large and channels are few,
-    separable ones where it is small. No stride is dilated: with stride 2 and dilation 2 every tap
-    falls on even rows and columns, and three quarters of the map are computed for nothing.
+    """Residual blocks (He et al. 2016): a dense 3×3 one where the map is large and channels are
+    few, separable ones behind. No stride is dilated: with stride 2 and dilation 2 every tap falls
+    on even rows and columns, and three quarters of the map are computed for nothing.
     """
     return nn.Sequential(
         conv(3, 32),  # 32×32
         nn.ReLU(),
         Residual(nn.Sequential(conv(32, 32), nn.ReLU(), conv(32, 32))),
-        conv(32, 64, stride=2),  # 16×16
+        conv(32, 96, stride=2),  # 16×16
         nn.ReLU(),
-        Residual(nn.Sequential(conv(64, 64), nn.ReLU(), conv(64, 64, dilation=2))),
-        separable(64, 128, stride=2),  # 8×8
+        Residual(nn.Sequential(separable(96, 96), nn.ReLU(), separable(96, 96))),
+        Residual(nn.Sequential(separable(96, 96), nn.ReLU(), separable(96, 96, dilation=2))),
+        separable(96, 144, stride=2),  # 8×8
         nn.ReLU(),
-        Residual(nn.Sequential(separable(128, 128, 5), nn.ReLU(), separable(128, 128, 5))),
-        Residual(nn.Sequential(separable(128, 128), nn.ReLU(), separable(128, 128, dilation=2))),
+        Residual(nn.Sequential(separable(144, 144, 5), nn.ReLU(), separable(144, 144))),
+        Residual(nn.Sequential(separable(144, 144), nn.ReLU(), separable(144, 144))),
         GlobalAveragePool(),
         nn.Dropout(dropout),
-        nn.Linear(128, num_classes),
+        nn.Linear(144, num_classes),
     )
