@@ -63,7 +63,7 @@ def sample(policy: Policy, count: int, size: int, device: torch.device) -> Param
     def drawn(p: float) -> Tensor:
         return torch.rand(count, device=device) < p
 
-    smallest = policy.cutout if policy.cutout_min is None else policy.cutout_min
+    smallest = min(policy.cutout, policy.cutout_min or policy.cutout)
     sides = torch.randint(smallest, policy.cutout + 1, (count, 2), device=device)
     corner = torch.randint(2**31, (count, 2), device=device) % (size - sides + 1)
     hole = torch.cat([corner, corner + sides], dim=1)

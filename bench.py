@@ -20,6 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import data
 import flags
 import graph
@@ -48,15 +50,13 @@ def bench_epoch(args: Namespace, argv: list[str]) -> None:
     """An epoch's phases at several batch sizes, beside the floor under it; then the same epoch in
     other ways, the published recipes' among them."""
     device = choose_device(args.device)
-    dataset = data.load(args.data, Path("data"), device)
+    sizes = args.batch_size or ([256, 512, 1024] if device.type == "cuda" else [128, 256, 512])
+    dataset = load(args.data, device, max(ways.BATCH, *sizes))
     layers = graph.trace(model.build(args.net, len(dataset.classes))).layers
     precision = choose_precision("auto", device, layers)
     ceilings = measure.measure_ceilings(device, step.DTYPES[precision])
-    sizes = [256, 512, 1024] if device.type == "cuda" else [128, 256, 512]
     rows = []
-    for batch in args.batch_size or sizes:
-        if batch > len(dataset.train_images):
-            raise UserError(f"--batch-size {batch}: {dataset.name} has fewer training images")
+    for batch in sizes:
         row = epoch_row(dataset, ways.settings(args.net, batch, precision))
         floor = measure.floor_seconds(layers, batch, step.DTYPES[precision], ceilings)
         rows.append(row | {"floor_seconds": EPOCH / batch * floor})
@@ -66,6 +66,13 @@ def bench_epoch(args: Namespace, argv: list[str]) -> None:
     print(format_ways(seconds))
     figures = {"title": title, "ceilings": vars(ceilings), "batch_sizes": rows}
     write("epoch", device_name(device), argv, figures | {"ways_epoch_seconds": seconds})
+
+
+def load(source: str, device: torch.device, batch: int) -> data.Dataset:
+    dataset = data.load(source, Path("data"), device)
+    if batch > len(dataset.train_images):
+        raise UserError(f"--data {source}: fewer training images than a batch of {batch}")
+    return dataset
 
 
 def epoch_row(dataset: data.Dataset, settings: Namespace) -> dict[str, Any]:
@@ -86,7 +93,7 @@ def epoch_row(dataset: data.Dataset, settings: Namespace) -> dict[str, Any]:
 
 
 def epoch_ways(dataset: data.Dataset, net: str, precision: str) -> dict[str, float]:
-    """Seconds of an epoch of batches of 256 in every way."""
+    """Seconds of an epoch in every way, of batches of `ways.BATCH`."""
     device = dataset.train_images.device
     flags_of: dict[str, list[str]] = {"ours": []}
     if device.type == "cuda":
@@ -95,14 +102,16 @@ def epoch_ways(dataset: data.Dataset, net: str, precision: str) -> dict[str, flo
         reference = ["--augment", "albumentations", "--workers", str(workers), "--eager"]
         flags_of[f"albumentations, {workers} workers"] = reference
     every = {
-        name: ways.training(dataset, ways.settings(net, 256, precision, *given))
+        name: ways.training(dataset, ways.settings(net, ways.BATCH, precision, *given))
         for name, given in flags_of.items()
     }
     for plain in ("bf16", "fp32"):
-        every[f"plain loop, {plain}"] = ways.plain_loop(dataset, ways.settings(net, 256, plain))
+        every[f"plain loop, {plain}"] = ways.plain_loop(
+            dataset, ways.settings(net, ways.BATCH, plain)
+        )
     count = 100 if device.type == "cuda" else 6
     rates = measure.rates(every, device, warm_up=2 * CORES + 2, count=count)
-    return {name: EPOCH / 256 / rate for name, rate in rates.items()}
+    return {name: EPOCH / ways.BATCH / rate for name, rate in rates.items()}
 
 
 def format_rows(rows: list[dict[str, Any]]) -> str:
@@ -129,15 +138,15 @@ def format_ways(seconds: dict[str, float]) -> str:
 
 
 def bench_augment(args: Namespace, argv: list[str]) -> None:
-    """Images a second, uint8 in, normalised batches of 256 out."""
+    """Images a second, uint8 in, normalised batches of `ways.BATCH` out."""
     require("kornia")
     device = choose_device(args.device)
-    dataset = data.load(args.data, Path("data"), device)
+    dataset = load(args.data, device, ways.BATCH)
     count = 180 if device.type == "cuda" else 80
     every = ways.augmentations(dataset, CORES)
     rates = measure.rates(every, device, warm_up=2 * CORES + 2, count=count)
-    rates = {name: rate * ways.AUGMENTED_BATCH for name, rate in rates.items()}
-    title = f"images augmented a second, {dataset.name}, batches of {ways.AUGMENTED_BATCH}"
+    rates = {name: rate * ways.BATCH for name, rate in rates.items()}
+    title = f"images augmented a second, {dataset.name}, batches of {ways.BATCH}"
     width, first = max(map(len, rates)), next(iter(rates.values()))
     print(f"\n{title}; {device_name(device)}")
     for name, rate in rates.items():
@@ -178,7 +187,9 @@ def bench_startup(args: Namespace, argv: list[str]) -> None:
     epochs = args.epochs or (40 if device.type == "cuda" else 1)
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"XDG_CACHE_HOME": folder, "PYTHONPATH": str(RESULTS.parent)}
+        here = str(Path(__file__).parent)
+        path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
+        environment = os.environ | {"XDG_CACHE_HOME": folder, "PYTHONPATH": path}
         for cache in ("cold", "warm"):
             out = Path(folder) / cache
             command = [sys.executable, "-c", CHILD, "--data", args.data, "--net", args.net]
@@ -187,7 +198,8 @@ def bench_startup(args: Namespace, argv: list[str]) -> None:
             child = subprocess.run(command, env=environment, capture_output=True, text=True)
             total = time.time() - start
             if child.returncode:
-                raise UserError(child.stderr.strip().splitlines()[-1].removeprefix("error: "))
+                said = child.stderr.rpartition("error: ")[2]
+                raise UserError(f"train.py ended with status {child.returncode}: {said}")
             noted = json.loads(child.stdout.splitlines()[-1])
             summary = json.loads((out / "summary.json").read_text())
             rows[cache] = {
@@ -233,7 +245,7 @@ def bench_all(args: Namespace, argv: list[str]) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """The exit status: 0, 2 for a user's mistake, 130 for Ctrl-C."""
+    """The exit status: 0, 2 for a user's mistake, 130 for Ctrl-C, 143 for SIGTERM."""
 
     def job() -> None:
         parser = Parser(prog="bench.py", description=__doc__.partition("\n")[0])

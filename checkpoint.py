@@ -64,11 +64,13 @@ def load_net(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     return net.eval(), content
 
 
-def load_flags(run: Path) -> dict[str, Any]:
-    """The flags of the run in a folder. Raises UserError where there is none, or a damaged one."""
+def load_config(run: Path) -> dict[str, Any]:
+    """What the run in a folder is: its `flags` and facts. Raises UserError where there is none, or
+    a damaged one."""
     path = run / "config.json"
     try:
-        return dict(json.loads(path.read_text())["flags"])
+        config = dict(json.loads(path.read_text()))
+        return config | {"flags": dict(config["flags"])}
     except FileNotFoundError as error:
         raise UserError(f"no run in {run}: {path} is missing") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -76,13 +78,18 @@ def load_flags(run: Path) -> dict[str, Any]:
 
 
 def load_data(run: Path, device: torch.device) -> data.Dataset:
-    """The data set of the run in a folder. Raises UserError as `load_flags` and `data.load` do."""
-    flags = load_flags(run)
+    """The data set of the run in a folder. Raises UserError as `load_config` and `data.load` do,
+    and where `--data` means another one by now: `auto` without a network, say."""
+    config = load_config(run)
     try:
+        name, flags = config["data"], config["flags"]
         source, folder = flags["data"], Path(flags["data_dir"])
-        return data.load(source, folder, device, flags["train_images"], flags["holdout"])
+        dataset = data.load(source, folder, device, flags["train_images"], flags["holdout"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{run / 'config.json'} is damaged: {error}") from error
+    if dataset.name != name:
+        raise UserError(f"{run} was trained on {name}; its --data {source} is {dataset.name} here")
+    return dataset
 
 
 def load_history(run: Path) -> list[dict[str, Any]]:

@@ -34,12 +34,17 @@ class Parser(argparse.ArgumentParser):
 
 
 def exit_status(job: Callable[[], None]) -> int:
-    """Of a command: 0; 2 for a user's mistake or a full disk, 130 for Ctrl-C, 143 for SIGTERM, each
-    with its line on stderr."""
+    """Of a command: 0; 2 for a user's mistake, a full disk or device, 130 for Ctrl-C, 143 for
+    SIGTERM, each with its line on stderr."""
     try:
         job()
     except (UserError, OSError) as error:
         print("error:", *str(error).split(), file=sys.stderr)  # a library's message has many lines
+        return 2
+    except RuntimeError as error:
+        if "out of memory" not in str(error) and "not enough memory" not in str(error):
+            raise
+        print("error: the device is out of memory: try a smaller --batch-size", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
         print(f"interrupted: {interrupt}".rstrip(": "), file=sys.stderr)
@@ -80,7 +85,9 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+            raise error.__context__ from None  # a full disk, over which torch.save fails once more
         raise

@@ -100,7 +100,7 @@ def make_parser() -> Parser:
     return parser
 
 
-MAY_CHANGE = {"resume", "out", "data", "data_dir", "device", "workers", "target"}
+MAY_CHANGE = {"resume", "data", "data_dir", "device", "workers"}
 
 
 def parse_flags(argv: list[str]) -> Namespace:
@@ -111,10 +111,10 @@ def parse_flags(argv: list[str]) -> Namespace:
         if args.recipe is not None:
             parser.set_defaults(**zoo.RECIPES[args.recipe].flags)
             args = parser.parse_args(argv)
-        if args.cutout_min is not None and args.cutout_min > args.cutout:
+        if args.cutout and args.cutout_min is not None and args.cutout_min > args.cutout:
             raise UserError(f"--cutout-min {args.cutout_min}: larger than --cutout {args.cutout}")
         return args
-    flags = checkpoint.load_flags(Path(args.resume))
+    flags = checkpoint.load_config(Path(args.resume))["flags"]
     parser.set_defaults(**flags)
     args = parser.parse_args(argv)
     for name, value in vars(args).items():

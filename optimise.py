@@ -23,7 +23,7 @@ class Training:
     scheduler: LRScheduler
     scaler: torch.amp.GradScaler
     history: list[dict[str, Any]] = field(default_factory=list)
-    elapsed: float = 0.0  # seconds of epochs and evaluations
+    elapsed: float = 0.0  # seconds of preparing the step, of epochs and evaluations
     reached: dict[str, float] | None = None  # epoch and seconds at which --target was
 
     def state(self) -> dict[str, Any]:
@@ -80,8 +80,8 @@ def keep_depthwise_in_float32(net: nn.Module) -> None:
 
 def make_scheduler(optimizer: torch.optim.Optimizer, args: Namespace, steps: int) -> LRScheduler:
     """Stepped once a batch: `onecycle` rises for a quarter of the run and falls to zero (Smith and
-    Topin 2018); `cyclic` is triangles of about eight epochs (Smith 2017); `step` halves the rate
-    every six epochs."""
+    Topin 2018); `cyclic` is triangles of eight to fifteen epochs (Smith 2017); `step` halves the
+    rate every six epochs."""
     total = args.epochs * steps
     if args.schedule == "onecycle":
         rise = 0.25 if total != 4 else 0.3  # OneCycleLR divides by rise × total - 1

@@ -41,9 +41,11 @@ def main_first() -> Iterator[None]:
     """Let process 0 through before the others: it alone downloads, decodes and fills the cache."""
     if rank() > 0:
         dist.barrier()
-    yield
-    if rank() == 0 and count() > 1:
-        dist.barrier()
+    try:
+        yield
+    finally:  # after a mistake too, so that each process ends with its own line
+        if rank() == 0 and count() > 1:
+            dist.barrier()
 
 
 def parallel(net: nn.Module) -> nn.Module:
@@ -68,6 +70,11 @@ def total(tensor: Tensor) -> Tensor:
     if count() > 1:
         dist.all_reduce(tensor)
     return tensor
+
+
+def any_says(word: bool, device: torch.device) -> bool:
+    """Whether one of the processes says so."""
+    return bool(total(torch.tensor(int(word), device=device)))
 
 
 def own_streams() -> None:

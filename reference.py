@@ -45,8 +45,7 @@ def compose(policy: Policy, fill: tuple[float, ...]) -> A.Compose:
         ),
     ]
     if policy.cutout:
-        smallest = policy.cutout if policy.cutout_min is None else policy.cutout_min
-        side = (smallest, policy.cutout)
+        side = (policy.cutout_min or policy.cutout, policy.cutout)
         transforms.append(A.CoarseDropout((1, 1), side, side, fill=fill, p=policy.cutout_p))
     return A.Compose(transforms)
 

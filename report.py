@@ -62,10 +62,13 @@ def write_outcome(
     plots.draw_run(folder, title, dataset, logits.cpu().numpy(), history)
     draw_examples(folder / "augmented.png", dataset, examples)
     best = max(history, key=lambda line: line["test_accuracy"])
-    right, labels = logits.argmax(1) == dataset.test_labels, dataset.test_labels
-    shares = [right[labels == k].float().mean().item() for k in range(len(dataset.classes))]
+    labels = dataset.test_labels
     return {
-        "class_accuracy": dict(zip(dataset.classes, shares, strict=True)),
+        "class_accuracy": {
+            name: accuracy(logits[labels == k], labels[labels == k])
+            for k, name in enumerate(dataset.classes)
+            if (labels == k).any()  # --holdout may leave a class out
+        },
         "final_accuracy": accuracy(logits, dataset.test_labels),
         "best_accuracy": best["test_accuracy"],
         "best_epoch": best["epoch"],

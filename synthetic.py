@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor
 
-SIZE = 32
+from common import SIZE
+
 SHAPES = (
     "disk",
     "ring",

@@ -6,6 +6,7 @@ Nothing but the net's own arithmetic should cost time: the data set lies on the 
 indexed and augmented there, and the host reads figures once an epoch.
 """
 
+import json
 import math
 import os
 import shlex
@@ -180,7 +181,10 @@ def run(args: Namespace, argv: list[str], dataset: data.Dataset, start: float) -
     }
     folder = Path(args.resume or run_folder(args, dataset.name))
     if args.resume:
-        resume(training, folder, dataset.name)
+        resume(training, folder, dataset)
+        if len(training.history) == args.epochs and (folder / "summary.json").exists():
+            print(f"{folder} has all its {args.epochs} epochs")
+            return json.loads((folder / "summary.json").read_text())
         start -= training.elapsed
     elif ranks.rank() == 0:
         try:
@@ -207,11 +211,12 @@ def run(args: Namespace, argv: list[str], dataset: data.Dataset, start: float) -
             while len(training.history) < args.epochs:
                 run_epoch(training, take_step, dataset, args, bar)
                 if ranks.rank() == 0:
-                    checkpoint.save(folder / "last.pt", {"data": dataset.name, **training.state()})
+                    state = {"data": images_of(dataset), **training.state()}
+                    checkpoint.save(folder / "last.pt", state)
                     report.write_history(folder, training.history)
                     tqdm.write(format_line(training.history[-1]))
                     sys.stdout.flush()
-                if ranks.total(torch.tensor(asked_to_end.is_set(), device=device).int()):
+                if ranks.any_says(asked_to_end.is_set(), device):
                     raise Terminated(f"--resume {folder} goes on after the last line")
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(f"--resume {folder} goes on after the last line") from interrupt
@@ -252,24 +257,26 @@ def run_folder(args: Namespace, data_name: str) -> Path:
     return Path(args.out or f"runs/{args.net}-{data_name}-s{args.seed}")
 
 
-def refuse_existing(folder: Path) -> None:
-    if ranks.rank() > 0:
-        return  # process 0 may have begun to write it
-    if any((folder / name).exists() for name in ("config.json", "last.pt", "summary.json")):
-        raise UserError(
-            f"--out {folder}: a run is there already; --resume {folder} goes on with it"
-        )
+def refuse_existing(folder: Path, device: torch.device) -> None:
+    files = [folder / name for name in ("config.json", "last.pt", "summary.json")]
+    if ranks.any_says(any(file.exists() for file in files), device):
+        way = f"--resume {folder} goes on with it" if files[0].exists() else "give another --out"
+        raise UserError(f"--out {folder}: a run is there already; {way}")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is not a folder")
 
 
-def resume(training: Training, folder: Path, data_name: str) -> None:
+def images_of(dataset: data.Dataset) -> str:
+    return f"{len(dataset.train_images):,} images of {dataset.name}"
+
+
+def resume(training: Training, folder: Path, dataset: data.Dataset) -> None:
     if not (folder / "last.pt").exists():
         return  # ended before its first epoch did
     state = checkpoint.load(folder / "last.pt")
-    if state.get("data") != data_name:
+    if state.get("data") != images_of(dataset):
         raise UserError(
-            f"--resume {folder}: that run trains on {state.get('data')}, not {data_name}"
+            f"--resume {folder}: that run trains on {state.get('data')}, not {images_of(dataset)}"
         )
     try:
         training.load_state(state)
@@ -293,7 +300,7 @@ def run_all(args: Namespace, argv: list[str]) -> None:
 
 def run_seeds(args: Namespace, argv: list[str], device: torch.device) -> None:
     if args.out and not args.resume:
-        refuse_existing(Path(args.out))
+        refuse_existing(Path(args.out), device)
     make_deterministic(args.deterministic)
     keep_freed_memory()
     start = time.perf_counter()
@@ -302,9 +309,9 @@ def run_seeds(args: Namespace, argv: list[str], device: torch.device) -> None:
     if ranks.rank() == 0:
         print(f"data read in {time.perf_counter() - start:.1f} s", file=sys.stderr)
     base = run_folder(args, dataset.name)
+    if not args.resume:
+        refuse_existing(base, device)
     if args.repeat == 1:
-        if not args.resume:
-            refuse_existing(base)
         run(args, argv, dataset, start)
     else:
         seeds = range(args.seed, args.seed + args.repeat)
@@ -313,7 +320,7 @@ def run_seeds(args: Namespace, argv: list[str], device: torch.device) -> None:
             for seed in seeds
         ]
         for each in runs:
-            refuse_existing(Path(each.out))
+            refuse_existing(Path(each.out), device)
         summaries = [run(each, argv, dataset, time.perf_counter()) for each in runs]
         if ranks.rank() == 0:
             report.write_repeats(base, summaries)

@@ -9,10 +9,11 @@ from typing import Any
 import checkpoint
 import flags
 import model
-import plots
 import train
 import zoo
+from common import UserError
 
+MAY_DIFFER = flags.MAY_CHANGE | {"out", "precision"}  # a run records the precision chosen
 INGREDIENTS = {  # the flags that leave one out of train.py's recipe
     "the default": [],
     "no flip": ["--flip-p", "0"],
@@ -67,10 +68,22 @@ def run_folder(args: Namespace, name: str, seed: int) -> Path:
 
 
 def train_one(given: list[str], folder: Path, args: Namespace) -> None:
-    argv = ["--data", args.data, "--device", args.device, "--out", str(folder), *given]
+    argv = ["--data", args.data, "--device", args.device, *given, "--out", str(folder)]
     if (folder / "config.json").exists():
-        argv += ["--resume", str(folder)]
+        refuse_another(folder, vars(flags.parse_flags(argv)))
+        argv[-2] = "--resume"
     train.run_all(flags.parse_flags(argv), argv)
+
+
+def refuse_another(folder: Path, wanted: dict[str, Any]) -> None:
+    """Raise UserError where the run in a folder has other flags than are wanted."""
+    has = checkpoint.load_config(folder)["flags"]
+    for name in wanted:
+        if name not in MAY_DIFFER and has.get(name) != wanted[name]:
+            option = "--" + name.replace("_", "-")
+            raise UserError(
+                f"{folder} is a run with {option} {has.get(name)}: remove it or give another --out"
+            )
 
 
 def row_of(folders: list[Path]) -> dict[str, Any]:
@@ -109,5 +122,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def draw(path: Path, rows: list[dict[str, Any]], args: Namespace) -> None:
     """Test accuracy against epochs and seconds, of the first seed of each row."""
+    import plots
+
     first = {row["name"]: run_folder(args, row["name"], 0) for row in rows}
     plots.comparison(path, {name: checkpoint.load_history(run) for name, run in first.items()})

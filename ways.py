@@ -18,7 +18,7 @@ from common import SIZE
 from measure import Phases, Way
 from optimise import Training, make_training
 
-AUGMENTED_BATCH = 256
+BATCH = 256
 
 
 def settings(net: str, batch_size: int, precision: str, *argv: str) -> Namespace:
@@ -111,11 +111,13 @@ def augmentations(dataset: data.Dataset, cores: int) -> dict[str, Way]:
         import reference
 
         def way() -> Iterator[Tensor]:
-            batches = [index.tolist() for index in islice(_index_batches(dataset), 1000)]
             images, labels = dataset.train_images, dataset.train_labels
             pin = device.type == "cuda"
-            for batch, _ in reference.loader(images, labels, batches, policy, mean, workers, pin):
-                yield data.normalize(batch.to(device, non_blocking=True), mean, std)
+            while True:
+                batches = [index.tolist() for index in islice(_index_batches(dataset), 1000)]
+                loader = reference.loader(images, labels, batches, policy, mean, workers, pin)
+                for batch, _ in loader:
+                    yield data.normalize(batch.to(device, non_blocking=True), mean, std)
 
         return way
 
@@ -169,9 +171,7 @@ def _torchvision(policy: Policy) -> nn.Module:
 
 def _index_batches(dataset: data.Dataset) -> Iterator[Tensor]:
     while True:
-        yield from data.epoch_batches(
-            len(dataset.train_images), AUGMENTED_BATCH, dataset.train_images.device
-        )
+        yield from data.epoch_batches(len(dataset.train_images), BATCH, dataset.train_images.device)
 
 
 def _learner(dataset: data.Dataset, args: Namespace) -> Training:

@@ -1,10 +1,13 @@
 """A user's mistake is one line on stderr and status 2; nothing is half-written, nothing lost."""
 
+import resource
+
 import pytest
 import torch
 from test_data import files, write_tar
 from test_main_job import SMALL
 
+import data
 import step
 import train
 
@@ -82,6 +85,11 @@ def test_out_of_memory_is_one_line(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines()[-1] == (
         "error: --batch-size 40: cpu is out of memory; try a smaller one"
     )
+    monkeypatch.setattr(data, "load", exhausted)
+    assert train.main([*SMALL, "--out", str(tmp_path / "other")]) == 2
+    assert capsys.readouterr().err == (
+        "error: the device is out of memory: try a smaller --batch-size\n"
+    )
 
 
 def test_a_missing_compiler_is_one_line(tmp_path, monkeypatch, capsys):
@@ -101,16 +109,33 @@ def test_a_missing_compiler_is_one_line(tmp_path, monkeypatch, capsys):
     )
 
 
-def test_a_full_disk_is_one_line_that_names_the_way_on(tmp_path, monkeypatch, capsys):
-    def full(*_):
-        raise OSError(28, "No space left on device", "last.pt.tmp")
-
+def test_a_full_disk_is_one_line_that_names_the_way_on(tmp_path, capsys, no_pictures):
+    """The disk is a limit on the size of a file, which the checkpoint passes."""
     folder = tmp_path / "run"
-    monkeypatch.setattr(train.checkpoint, "save", full)
-    assert train.main([*SMALL, "--out", str(folder)]) == 2
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))
+    try:
+        status = train.main([*SMALL, "--out", str(folder)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     error = capsys.readouterr().err.splitlines()[-1]
-    assert "No space left on device" in error
+    assert status == 2
+    assert "File too large" in error
     assert f"--resume {folder}" in error
+    assert [file.name for file in folder.iterdir()] == ["config.json"]
+    assert train.main(["--resume", str(folder)]) == 0
+
+
+def test_a_decoded_archive_that_the_disk_has_no_room_for(tmp_path, capsys, no_pictures):
+    path = write_tar(tmp_path / "pets.tar", files(train=200))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))
+    try:
+        dataset = data.load(str(path), tmp_path, torch.device("cpu"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert len(dataset.train_images) == 400
+    assert "decoded images are not cached: " in capsys.readouterr().err
 
 
 def test_bad_archive_leaves_nothing(tmp_path, capsys):

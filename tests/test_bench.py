@@ -2,7 +2,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_data import png, write_tar
+from test_data import files, png, write_tar
 
 import bench
 
@@ -119,8 +119,9 @@ def test_own_recipes_and_going_on(arguments, tmp_path, capsys):
     metrics = (tmp_path / "runs/net136k/s0/metrics.jsonl").read_text()
     assert bench.main(["recipes", *arguments[1:]]) == 0
     assert (tmp_path / "runs/net136k/s0/metrics.jsonl").read_text() == metrics
-    assert bench.main(["nets", "--epochs", "2", *arguments[5:]]) == 2
-    assert "--epochs 2: the run in" in capsys.readouterr().err.splitlines()[-1]
+    for other, option in ((["--epochs", "2"], "--epochs 1"), (["--epochs", "1"], "--dropout 0.1")):
+        assert bench.main(["nets", *other, *arguments[1:3], *arguments[5:]]) == 2
+        assert option in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_all_but_one_ingredient(arguments, tmp_path, capsys):
@@ -150,7 +151,14 @@ def test_lengths(arguments, tmp_path):
     assert picture.stat().st_size > 10_000
 
 
-def test_mistakes_are_one_line(capsys):
+def test_fewer_images_than_a_batch(tmp_path, capsys):
+    archive = write_tar(tmp_path / "few.tar", files())
+    assert bench.main(["epoch", "--batch-size", "8", "--data", str(archive)]) == 2
+    assert "fewer training images than a batch of 256" in capsys.readouterr().err
+
+
+def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     wrong = [[], ["cars"], ["nets", "--epochs", "0"], ["epoch", "--batch-size", "x"]]
     wrong += [[what, "--data", "missing.tar"] for what in ("nets", "epoch", "augment", "all")]
     for arguments in wrong:

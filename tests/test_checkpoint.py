@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -41,6 +43,16 @@ def test_no_code_in_a_file_is_run(tmp_path, capsys):
     with pytest.raises(UserError):
         checkpoint.load(tmp_path / "model.pt")
     assert "was run" not in capsys.readouterr().out
+
+
+def test_a_data_set_that_is_another_by_now(tmp_path):
+    flags = {"data": "synthetic", "data_dir": "data", "train_images": 50, "holdout": 20}
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"data": "synthetic", "flags": flags}))
+    assert len(checkpoint.load_data(tmp_path, torch.device("cpu")).test_labels) == 20
+    config.write_text(json.dumps({"data": "cifar10", "flags": flags}))
+    with pytest.raises(UserError, match="was trained on cifar10; its --data synthetic is synth"):
+        checkpoint.load_data(tmp_path, torch.device("cpu"))
 
 
 BAD = {

@@ -1,6 +1,7 @@
 """The main job from outside: flags in, a run folder, lines and an exit status out."""
 
 import json
+import shutil
 import signal
 
 import numpy as np
@@ -12,6 +13,7 @@ import checkpoint
 import flags
 import step
 import train
+from augment import sample
 from common import UserError
 
 SMALL = ["--data", "synthetic", "--train-images", "120", "--holdout", "100", "--device", "cpu"]
@@ -160,8 +162,15 @@ def test_ended_and_resumed_is_as_if_nothing_had_been(
 
 
 def test_a_resumed_run_keeps_its_flags(finished, capsys):
-    assert train.main(["--resume", str(finished[0]), "--lr", "0.2"]) == 2
-    assert capsys.readouterr().err == f"error: --lr 0.2: the run in {finished[0]} has 0.1\n"
+    folder, _ = finished
+    for option, value, had in (
+        ("--lr", "0.2", "0.1"),
+        ("--target", "0.9", "0.01"),
+        ("--out", "elsewhere", folder),
+    ):
+        assert train.main(["--resume", str(folder), option, value]) == 2
+        error = f"error: {option} {value}: the run in {folder} has {had}\n"
+        assert capsys.readouterr().err == error
 
 
 def test_a_recipe_is_recorded_and_resumed(tmp_path, capsys, no_pictures):
@@ -182,7 +191,23 @@ def test_a_recipe_is_recorded_and_resumed(tmp_path, capsys, no_pictures):
 def test_a_resumed_run_keeps_its_data(finished, tmp_path, capsys):
     path = write_tar(tmp_path / "pets.tar", files(train=120))
     assert train.main(["--resume", str(finished[0]), "--data", str(path)]) == 2
-    assert "trains on synthetic, not pets" in capsys.readouterr().err
+    assert "120 images of synthetic, not 120 images of pets" in capsys.readouterr().err
+    assert train.main(["--resume", str(finished[0]), "--data-dir", str(tmp_path)]) == 0
+    config = json.loads((finished[0] / "config.json").read_text())
+    config["flags"]["train_images"] = 110  # as if a folder had lost some
+    other = shutil.copytree(finished[0], tmp_path / "run")
+    (other / "config.json").write_text(json.dumps(config))
+    assert train.main(["--resume", str(other)]) == 2
+    assert "120 images of synthetic, not 110 images" in capsys.readouterr().err
+
+
+def test_a_run_that_has_ended_stays_as_it_is(finished, capsys):
+    folder, _ = finished
+    before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+    assert train.main(["--resume", str(folder)]) == 0
+    assert "has all its 2 epochs" in capsys.readouterr().out
+    after = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
+    assert {name for name in after if after[name] != before.get(name)} <= {"metrics.jsonl"}
 
 
 def test_repeats(tmp_path, capsys, no_pictures):
@@ -198,6 +223,19 @@ def test_repeats(tmp_path, capsys, no_pictures):
     assert summary["final_accuracy"]["sd"] == pytest.approx(np.std(values, ddof=1))
     assert [one["seed"] for one in each] == [3, 4]
     assert "2 seeds" in capsys.readouterr().out
+    assert train.main([*arguments, "--seed", "9"]) == 2
+    assert train.main([*SMALL, "--out", str(folder)]) == 2
+    errors = capsys.readouterr().err.splitlines()
+    assert sum("a run is there already; give another --out" in line for line in errors) == 2
+    assert not (folder / "s9").exists()
+
+
+def test_a_class_that_no_test_image_has(tmp_path, no_pictures):
+    out = ["--holdout", "4", "--epochs", "1", "--out", str(tmp_path / "run")]
+    assert train.main([*SMALL, *out]) == 0
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert len(summary["class_accuracy"]) < 10
+    assert set(summary["class_accuracy"].values()) <= {0.0, 0.5, 1.0}
 
 
 @pytest.mark.parametrize("augment", ["albumentations", "none"])
@@ -242,6 +280,12 @@ def test_schedules(schedule):
         assert [rates[i] for i in (40, 120)] == pytest.approx([0.5, 0.5])
     else:
         assert [rates[i] for i in (59, 60, 120)] == pytest.approx([0.5, 0.25, 0.125])
+
+
+def test_no_hole_in_a_recipe_with_holes_of_many_sizes():
+    args = flags.parse_flags(["--recipe", "net190k", "--cutout", "0"])
+    params = sample(flags.policy_of(args), 100, 32, torch.device("cpu"))
+    assert (params.hole[:, :2] == params.hole[:, 2:]).all()
 
 
 def test_flags_read_back():

@@ -79,6 +79,14 @@ def test_a_batch_that_cannot_be_shared(tmp_path, run):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_mistake_that_process_0_meets_first(tmp_path, run):
+    codes = together(2, [*run, "--data", "missing.tar", "--out", tmp_path / "run"], tmp_path)
+    assert codes == [2, 2]
+    (tmp_path / "there").mkdir()
+    (tmp_path / "there/config.json").touch()
+    assert together(2, [*run, "--out", tmp_path / "there"], tmp_path) == [2, 2]
+
+
 def test_resumed_by_another_number_of_processes(tmp_path, run):
     folder = tmp_path / "run"
     process = start([*run, "--epochs", "3", "--out", folder])

@@ -16,7 +16,7 @@ def dataset():
 
 def test_every_augmentation_touches_as_many_images(dataset, monkeypatch):
     pytest.importorskip("kornia", reason="pip install -r requirements-extra.txt")
-    monkeypatch.setattr(ways, "AUGMENTED_BATCH", 200)
+    monkeypatch.setattr(ways, "BATCH", 200)
     torch.manual_seed(0)
     normal = data.normalize(dataset.train_images, dataset.mean, dataset.std)
     originals = {image.numpy().tobytes() for image in normal}
