@@ -1,5 +1,6 @@
 import functools
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import plots
 import report
 import synthetic
 
+# Ctrl-C is tested; a shell starts a job in the background with it ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once a process
 

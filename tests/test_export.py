@@ -27,7 +27,7 @@ def run(tmp_path_factory):
     content |= {"mean": dataset.mean.tolist(), "std": dataset.std.tolist()}
     checkpoint.save(folder / "model.pt", content | {"state_dict": net.state_dict()})
     flags = {"data": "synthetic", "data_dir": "data", "train_images": 200, "holdout": 200}
-    (folder / "config.json").write_text(json.dumps({"flags": flags}))
+    (folder / "config.json").write_text(json.dumps({"data": "synthetic", "flags": flags}))
     return folder
 
 

@@ -9,7 +9,10 @@ import checkpoint
 import rf
 from model import build
 
-CONFIG = {"flags": {"data": "synthetic", "data_dir": "data", "train_images": 100, "holdout": 60}}
+CONFIG = {
+    "data": "synthetic",
+    "flags": {"data": "synthetic", "data_dir": "data", "train_images": 100, "holdout": 60},
+}
 
 
 def test_json(capsys):
