@@ -42,7 +42,7 @@ def exit_status(job: Callable[[], None]) -> int:
         print("error:", *str(error).split(), file=sys.stderr)  # a library's message has many lines
         return 2
     except RuntimeError as error:
-        if "out of memory" not in str(error) and "not enough memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         print("error: the device is out of memory: try a smaller --batch-size", file=sys.stderr)
         return 2
@@ -53,6 +53,11 @@ def exit_status(job: Callable[[], None]) -> int:
         print(f"terminated: {terminated}", file=sys.stderr)
         return 143
     return 0
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """Whether PyTorch found too little memory, on a GPU or the host."""
+    return "out of memory" in str(error) or "not enough memory" in str(error)
 
 
 @contextmanager

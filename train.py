@@ -31,7 +31,7 @@ import model
 import ranks
 import report
 import step
-from common import Terminated, UserError, exit_status, noting_sigterm
+from common import Terminated, UserError, exit_status, is_out_of_memory, noting_sigterm
 from flags import describe_recipe, parse_flags, policy_of
 from machine import (
     choose_device,
@@ -226,7 +226,7 @@ def run(args: Namespace, argv: list[str], dataset: data.Dataset, start: float) -
         if args.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             reason = str(error).strip().partition("\n")[0]
             raise UserError(f"--compile: {reason}; train without it") from error
-        if "out of memory" not in str(error) and "not enough memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         raise UserError(
             f"--batch-size {args.batch_size}: {device} is out of memory; try a smaller one"

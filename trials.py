@@ -17,7 +17,7 @@ MAY_DIFFER = flags.MAY_CHANGE | {"out", "precision"}  # a run records the precis
 INGREDIENTS = {  # the flags that leave one out of train.py's recipe
     "the default": [],
     "no flip": ["--flip-p", "0"],
-    "no shift-scale-rotate": ["--affine-p", "0"],
+    "no affine": ["--affine-p", "0"],
     "no cutout": ["--cutout-p", "0"],
     "no weight decay": ["--weight-decay", "0"],
     "no OneCycle": ["--schedule", "step"],
@@ -108,11 +108,11 @@ def table(rows: list[dict[str, Any]]) -> str:
 
     width = max(len(row["name"]) for row in rows)
     lines = [
-        f"{'':<{width}} {'parameters':>10} {'epochs':>6} {'final accuracy':>15} "
+        f"{'':<{width}} {'weights':>7} {'epochs':>6} {'final accuracy':>15} "
         f"{'flip-averaged':>15} {'s/epoch':>7} {'s in all':>8}"
     ]
     lines += [
-        f"{row['name']:<{width}} {row['parameters']:10,d} {row['epochs']:6d} "
+        f"{row['name']:<{width}} {row['parameters']:7,d} {row['epochs']:6d} "
         f"{percent(row['final_accuracy']):>15} {percent(row['flip_accuracy']):>15} "
         f"{row['median_epoch_seconds']:7.2f} {row['training_seconds']['mean']:8,.1f}"
         for row in rows

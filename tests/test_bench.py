@@ -127,9 +127,10 @@ def test_own_recipes_and_going_on(arguments, tmp_path, capsys):
 def test_all_but_one_ingredient(arguments, tmp_path, capsys):
     assert bench.main(["ingredients", *arguments[1:]]) == 0
     rows = result(tmp_path, "ingredients")["ingredients"]
-    *_, first, _, without_affine, _, _, _, _ = capsys.readouterr().out.splitlines()
+    *_, heading, first, _, without_affine, _, _, _, _ = capsys.readouterr().out.splitlines()
+    assert len(heading) == len(first) <= 80
     assert first.startswith("the default ")
-    assert without_affine.startswith("no shift-scale-rotate ")
+    assert without_affine.startswith("no affine ")
     default, *others = [trained(tmp_path / "runs", row["name"]) for row in rows]
     changed = [{name for name in default if flags[name] != default[name]} for flags in others]
     left_out = ["flip_p", "affine_p", "cutout_p", "weight_decay", "schedule"]
