@@ -54,10 +54,11 @@ def make_parser() -> Parser:
     flag("--recipe", choices=zoo.RECIPES, help="a published net's; flags given beside it win")
     flag("--epochs", type=count, default=40)
     flag("--batch-size", type=count, default=256)
-    flag("--lr", type=number(float, 0, above=True), default=0.4, help="the largest rate")
+    flag("--optimizer", choices=("muon", "sgd"), default="muon", help="muon: for dense and 1×1")
+    flag("--lr", type=number(float, 0, above=True), default=0.4, help="SGD's largest; Muon's: 1/10")
     flag("--schedule", choices=("onecycle", "cyclic", "step"), default="onecycle")
     flag("--momentum", type=number(float, 0, 0.999), default=0.9, help="Nesterov's")
-    flag("--weight-decay", type=number(float, 0), default=5e-4, help="on weights of ≥ 2 dimensions")
+    flag("--weight-decay", type=number(float, 0), default=5e-4, help="Muon's: × 200")
     flag("--label-smoothing", type=share, default=0.0)
     flag("--target", type=share, help="report when test accuracy reached this fraction")
 
@@ -129,8 +130,8 @@ def policy_of(args: Namespace) -> Policy:
     return Policy(**values | {"rgb_shift": tuple(args.rgb_shift)})
 
 
-OF_A_RECIPE = "batch_size lr schedule momentum weight_decay dropout flip_p shift scale rotate"
-OF_A_RECIPE += " affine_p cutout cutout_p fill"
+OF_A_RECIPE = "batch_size optimizer lr schedule momentum weight_decay dropout flip_p shift scale"
+OF_A_RECIPE += " rotate affine_p cutout cutout_p fill"
 
 
 def describe_recipe(args: Namespace) -> str:

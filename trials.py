@@ -21,6 +21,7 @@ INGREDIENTS = {  # the flags that leave one out of train.py's recipe
     "no cutout": ["--cutout-p", "0"],
     "no weight decay": ["--weight-decay", "0"],
     "no OneCycle": ["--schedule", "step"],
+    "no Muon": ["--optimizer", "sgd"],
 }
 
 

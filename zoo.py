@@ -224,7 +224,7 @@ RECIPES = {
     # OneCycle and cyclic rates were both tried.
     "net136k": Recipe({"schedule": "onecycle", "dropout": 0.1, "cutout": 16}),
     "net176k": Recipe(
-        {"lr": 0.3, "momentum": 0.9, "schedule": "step", "dropout": 0.02}
+        {"optimizer": "sgd", "lr": 0.3, "momentum": 0.9, "schedule": "step", "dropout": 0.02}
         | {"flip_p": 0.5, "shift": 0.0625, "scale": 0.1, "rotate": 45.0, "affine_p": 0.5}
         | {"cutout": 16, "fill": 0.4734 * 255},
         TRUNCATED,

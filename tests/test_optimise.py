@@ -10,12 +10,43 @@ CPU = torch.device("cpu")
 
 
 def test_weight_decay_spares_what_has_one_dimension():
-    args = flags.parse_flags(["--weight-decay", "0.01"])
+    args = flags.parse_flags(["--weight-decay", "0.01", "--optimizer", "sgd"])
     net = build("atrous", 10)
     groups = make_training(net, args, CPU, 1).optimizer.param_groups
     decay = {id(p): group["weight_decay"] for group in groups for p in group["params"]}
     for parameter in net.parameters():
         assert decay[id(parameter)] == (0.01 if parameter.ndim >= 2 else 0)
+
+
+def test_muon_follows_the_kernels_that_mix_channels():
+    net = build("atrous", 10)
+    *_, muon = make_training(net, flags.parse_flags([]), CPU, 1).optimizer.param_groups
+    convolutions = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
+    expected = {id(m.weight) for m in convolutions if m.groups == 1}
+    assert {id(kernel) for kernel in muon["params"]} == expected
+    assert len(expected) < len(convolutions)
+
+
+@pytest.mark.parametrize("momentum", ["0", "0.9"])
+@pytest.mark.parametrize(("outputs", "inputs", "size"), [(24, 32, 1), (32, 24, 1), (16, 3, 3)])
+def test_muon_is_that_of_torch(outputs, inputs, size, momentum):
+    """To the precision of torch's, which iterates in bfloat16."""
+    flag = ["--schedule", "step", "--lr", "1", "--weight-decay", "0.01", "--momentum", momentum]
+    random = torch.Generator().manual_seed(0)
+    net = nn.Sequential(*(nn.Conv2d(inputs, outputs, size, bias=False) for _ in range(2)))
+    ours = make_training(net, flags.parse_flags(flag), CPU, 1000).optimizer
+    matrices = [nn.Parameter(conv.weight.detach().flatten(1).clone()) for conv in net]
+    reference = torch.optim.Muon(matrices, lr=0.1, weight_decay=2.0, momentum=float(momentum))
+    before = matrices[1].detach().clone()
+    for _ in range(10):
+        for conv, matrix in zip(net, matrices, strict=True):
+            matrix.grad = torch.randn(matrix.shape, generator=random)
+            conv.weight.grad = matrix.grad.clone().view(conv.weight.shape)
+        ours.step()
+        reference.step()
+    for conv, matrix in zip(net, matrices, strict=True):
+        torch.testing.assert_close(conv.weight.flatten(1), matrix, rtol=0, atol=5e-3)
+    assert (matrices[1] - before).abs().mean() > 0.05
 
 
 def test_depthwise_convolutions_stay_in_float32_on_a_cpu():
