@@ -73,6 +73,7 @@ def test_augmentations(arguments, briefly, tmp_path, capsys):
     assert all(rate > 0 for rate in content["images_per_second"].values())
 
 
+@pytest.mark.slow
 def test_startup(arguments, tmp_path):
     what = [*arguments[1:3], "--net", "net136k", "--device", "cpu"]
     assert bench.main(["startup", *what]) == 0
