@@ -77,6 +77,17 @@ def test_onecycle_rises_and_falls_to_zero_however_short_the_run(steps):
         assert 0.49 < max(rates) == max(rates[: steps // 4 + 1])
 
 
+@pytest.mark.parametrize("schedule", ["onecycle", "cyclic", "step"])
+def test_muons_rate_stays_a_twentieth(schedule):
+    args = flags.parse_flags(["--schedule", schedule, "--epochs", "16"])
+    training = make_training(nn.Conv2d(3, 4, 3), args, CPU, 3)
+    for _ in range(40):
+        sgd, _, muon = (group["lr"] for group in training.optimizer.param_groups)
+        assert muon == pytest.approx(sgd / 20, rel=1e-3)
+        training.optimizer.step()
+        training.scheduler.step()
+
+
 def test_a_state_from_a_gpu_goes_on_here():
     def learner():
         return make_training(nn.Conv2d(3, 4, 3), flags.parse_flags([]), CPU, 10)
