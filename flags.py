@@ -55,10 +55,10 @@ def make_parser() -> Parser:
     flag("--epochs", type=count, default=40)
     flag("--batch-size", type=count, default=256)
     flag("--optimizer", choices=("muon", "sgd"), default="muon", help="muon: for dense and 1×1")
-    flag("--lr", type=number(float, 0, above=True), default=0.4, help="SGD's largest; Muon's: 1/20")
+    flag("--lr", type=number(float, 0, above=True), default=0.4, help="SGD's largest; Muon's: 1/10")
     flag("--schedule", choices=("onecycle", "cyclic", "step"), default="onecycle")
     flag("--momentum", type=number(float, 0, 0.999), default=0.9, help="Nesterov's")
-    flag("--weight-decay", type=number(float, 0), default=5e-4, help="Muon's: × 40")
+    flag("--weight-decay", type=number(float, 0), default=5e-4, help="Muon's: × 200")
     flag("--label-smoothing", type=share, default=0.0)
     flag("--target", type=share, help="report when test accuracy reached this fraction")
 

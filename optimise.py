@@ -82,7 +82,7 @@ def parameter_groups(net: nn.Module, args: Namespace) -> list[dict[str, Any]]:
     return groups
 
 
-MUON_LR, MUON_DECAY = 1 / 20, 40  # to SGD's: from 0.4 and 5e-4 come 0.02 and 0.02
+MUON_LR, MUON_DECAY = 1 / 10, 200  # to SGD's: from 0.4 and 5e-4 come 0.04 and 0.1
 
 
 class Muon(torch.optim.SGD):
