@@ -105,6 +105,8 @@ def epoch_ways(dataset: data.Dataset, net: str, precision: str) -> dict[str, flo
         name: ways.training(dataset, ways.settings(net, ways.BATCH, precision, *given))
         for name, given in flags_of.items()
     }
+    settings = ways.settings(net, ways.BATCH, precision)
+    every["ours, sharpness-aware"] = ways.training(dataset, settings, settings.sam)
     for plain in ("bf16", "fp32"):
         every[f"plain loop, {plain}"] = ways.plain_loop(
             dataset, ways.settings(net, ways.BATCH, plain)

@@ -60,6 +60,7 @@ def make_parser() -> Parser:
     flag("--momentum", type=number(float, 0, 0.999), default=0.9, help="Nesterov's")
     flag("--weight-decay", type=number(float, 0), default=5e-4, help="Muon's: × 200")
     flag("--label-smoothing", type=share, default=0.0)
+    flag("--sam", type=number(float, 0), default=0.1, help="radius in the last quarter of epochs")
     flag("--target", type=share, help="report when test accuracy reached this fraction")
 
     flag = parser.add_argument_group("augmentation").add_argument
@@ -130,8 +131,8 @@ def policy_of(args: Namespace) -> Policy:
     return Policy(**values | {"rgb_shift": tuple(args.rgb_shift)})
 
 
-OF_A_RECIPE = "batch_size optimizer lr schedule momentum weight_decay dropout flip_p shift scale"
-OF_A_RECIPE += " rotate affine_p cutout cutout_p fill"
+OF_A_RECIPE = "batch_size optimizer lr schedule momentum weight_decay dropout sam flip_p shift"
+OF_A_RECIPE += " scale rotate affine_p cutout cutout_p fill"
 
 
 def describe_recipe(args: Namespace) -> str:

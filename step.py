@@ -1,7 +1,8 @@
 """What is done to one batch: the training step, and the way of images through the net."""
 
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -45,13 +46,26 @@ def train_step(
     labels: Tensor,
     precision: str,
     label_smoothing: float,
+    radius: float = 0.0,
 ) -> Tensor:
     """One optimiser step; float32 (3,), left on the device: the batch's mean loss, its count of
-    right answers, and 1 where the loss scaler skipped the step because a gradient overflowed."""
-    logits = forward(net, inputs, precision)
-    loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
-    optimizer.zero_grad(set_to_none=True)
-    scaler.scale(loss).backward()
+    right answers, and 1 where the loss scaler skipped the step because a gradient overflowed.
+
+    With a `radius` the gradient is that of the weights so far uphill: sharpness-aware minimisation
+    (Foret et al. 2021, arxiv.org/abs/2010.01412), at twice the cost.
+    """
+
+    def compute_gradients() -> tuple[Tensor, Tensor]:
+        logits = forward(net, inputs, precision)
+        loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        return loss, logits
+
+    loss, logits = compute_gradients()
+    if radius:
+        with uphill(net, radius):
+            compute_gradients()
     skipped = torch.zeros_like(loss)
     if scaler.is_enabled():
         scaler.unscale_(optimizer)
@@ -62,7 +76,33 @@ def train_step(
     return torch.stack([loss.detach(), (logits.argmax(1) == labels).sum().float(), skipped])
 
 
-def make_step(training: Training, dataset: Dataset, policy: Policy | None, args: Namespace) -> Step:
+@contextmanager
+def uphill(net: nn.Module, radius: float) -> Iterator[None]:
+    """Moves the weights by `radius`, a Euclidean norm over them all, along their gradient, and
+    BatchNorm keeps no statistics of what it sees there. Puts the weights back, bit for bit."""
+    weights = [p for p in net.parameters() if p.grad is not None]
+    gradients = [p.grad for p in weights]
+    before = [p.detach().clone() for p in weights]
+    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    length = nn.utils.get_total_norm(gradients).clamp(min=1e-12)
+    with torch.no_grad():
+        torch._foreach_add_(weights, torch._foreach_mul(gradients, radius / length))
+    for norm in norms:
+        norm.track_running_stats = False
+    yield
+    for norm in norms:
+        norm.track_running_stats = True
+    with torch.no_grad():
+        torch._foreach_copy_(weights, before)
+
+
+def make_step(
+    training: Training,
+    dataset: Dataset,
+    policy: Policy | None,
+    args: Namespace,
+    radius: float = 0.0,
+) -> Step:
     """The whole step of a batch: images uint8 (B, 3, H, W), labels int64 (B,).
 
     On one GPU it is a CUDA graph: the launches of so small a net take longer than its arithmetic.
@@ -80,6 +120,7 @@ def make_step(training: Training, dataset: Dataset, policy: Policy | None, args:
             labels,
             args.precision,
             args.label_smoothing,
+            radius,
         )
 
     eager = args.eager or training.scaler.is_enabled() or ranks.count() > 1

@@ -129,6 +129,12 @@ def run_epoch(
         training.reached = {"epoch": epoch, "seconds": training.elapsed}
 
 
+def sam_radius(args: Namespace, epoch: int) -> float:
+    """That of sharpness-aware steps: late in a run they do what they do throughout (Zhou et al.
+    2024, arxiv.org/abs/2410.10373), at a quarter of the cost."""
+    return args.sam if epoch > args.epochs - args.epochs // 4 else 0.0
+
+
 METRICS = ("epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
 METRICS += ("seconds", "images_per_second", "skipped_steps")
 
@@ -201,14 +207,17 @@ def run(args: Namespace, argv: list[str], dataset: data.Dataset, start: float) -
     quiet = True if ranks.rank() else None  # None: only where stderr is no terminal
     policy = policy_of(args) if args.augment == "device" else None
     try:
-        begun = time.perf_counter()
-        take_step = step.make_step(training, dataset, policy, args)
-        training.elapsed += time.perf_counter() - begun
         with (
             tqdm(**total, unit="step", leave=False, disable=quiet) as bar,
             noting_sigterm() as asked_to_end,
         ):
+            take_step, radius = None, None
             while len(training.history) < args.epochs:
+                wanted = sam_radius(args, len(training.history) + 1)
+                if radius != wanted:
+                    radius, begun = wanted, time.perf_counter()
+                    take_step = step.make_step(training, dataset, policy, args, radius)
+                    training.elapsed += time.perf_counter() - begun
                 run_epoch(training, take_step, dataset, args, bar)
                 if ranks.rank() == 0:
                     state = {"data": images_of(dataset), **training.state()}

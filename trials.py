@@ -22,6 +22,7 @@ INGREDIENTS = {  # the flags that leave one out of train.py's recipe
     "no weight decay": ["--weight-decay", "0"],
     "no OneCycle": ["--schedule", "step"],
     "no Muon": ["--optimizer", "sgd"],
+    "no SAM": ["--sam", "0"],
 }
 
 

@@ -27,11 +27,11 @@ def settings(net: str, batch_size: int, precision: str, *argv: str) -> Namespace
     return flags.parse_flags(given)
 
 
-def training(dataset: data.Dataset, args: Namespace) -> Way:
-    """train.py's own steps."""
+def training(dataset: data.Dataset, args: Namespace, radius: float = 0.0) -> Way:
+    """train.py's own steps; sharpness-aware ones with a radius."""
     learner = _learner(dataset, args)
     policy = flags.policy_of(args) if args.augment == "device" else None
-    take_step = step.make_step(learner, dataset, policy, args)
+    take_step = step.make_step(learner, dataset, policy, args, radius)
 
     def way() -> Iterator[Tensor]:
         learner.net.train()

@@ -282,6 +282,22 @@ def test_schedules(schedule):
         assert [rates[i] for i in (59, 60, 120)] == pytest.approx([0.5, 0.25, 0.125])
 
 
+@pytest.mark.parametrize(
+    ("flag", "radii"), [([], [0.0, 0.1]), (["--sam", "0.3"], [0.0, 0.3]), (["--sam", "0"], [0.0])]
+)
+def test_the_last_quarter_is_sharpness_aware(flag, radii, tmp_path, no_pictures, monkeypatch):
+    prepared, make_step = [], step.make_step
+
+    def noting(training, *settings):
+        prepared.append((len(training.history), settings[-1]))
+        return make_step(training, *settings)
+
+    monkeypatch.setattr(step, "make_step", noting)
+    out = ["--epochs", "4", "--out", str(tmp_path / "run"), "--net", "net136k", *flag]
+    assert train.main([*SMALL, *out]) == 0
+    assert prepared == list(zip([0, 3], radii, strict=False))
+
+
 def test_no_hole_in_a_recipe_with_holes_of_many_sizes():
     args = flags.parse_flags(["--recipe", "net190k", "--cutout", "0"])
     params = sample(flags.policy_of(args), 100, 32, torch.device("cpu"))
