@@ -98,6 +98,13 @@ def test_a_radius_takes_the_gradient_uphill():
         torch.testing.assert_close(ours, seen)
 
 
+def test_a_gradient_of_zero_leads_nowhere():
+    net = nn.Sequential(nn.Flatten(), nn.Linear(3072, 10, bias=False))
+    net[1].weight.grad, before = torch.zeros(10, 3072), net[1].weight.clone()
+    with step.uphill(net, 0.1):
+        assert torch.equal(net[1].weight, before)
+
+
 class Mirror(nn.Module):
     """Logits that tell the left half's brightness from the right half's."""
 
