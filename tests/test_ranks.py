@@ -43,8 +43,8 @@ def pair(tmp_path_factory, run):
 
 
 def test_every_image_is_seen_once_an_epoch(pair):
-    for start in range(0, 12, 3):  # three batches an epoch, the last one sharpness-aware
-        batches = slice(start, start + 3)
+    for first in range(0, 12, 3):  # three batches an epoch, the last one sharpness-aware
+        batches = slice(first, first + 3)
         seen = torch.cat([batch for rank in pair[1] for batch in rank["seen"][batches]])
         assert len(seen) == 120
         assert len(seen.unique()) == 120
