@@ -1,7 +1,6 @@
 """Checkpoints and nets: saved whole or not at all, loaded without running any code in them."""
 
 import json
-import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import torch
 from torch import nn
 
 import data
-from common import UserError, written_whole
+from common import UserError, check_sums, first_line, written_whole
 from model import build
 
 FORMAT = 1  # of both files; raise when their keys change
@@ -25,28 +24,17 @@ def save(path: Path, content: dict[str, Any]) -> None:
 def load(path: Path) -> dict[str, Any]:
     """What `save` wrote, on the CPU. Raises UserError where the file is not such a one."""
     try:
-        _check_sums(path)
+        check_sums(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise UserError(f"{path} is not there") from error
     except Exception as error:  # a damaged file can fail in any way
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{path} is no whole checkpoint of atrous: {reason}") from error
+        raise UserError(f"{path} is no whole checkpoint of atrous: {first_line(error)}") from error
     if not isinstance(content, dict) or not isinstance(content.get("format"), int):
         raise UserError(f"{path} is no checkpoint of atrous")
     if content["format"] > FORMAT:
         raise UserError(f"{path} has format {content['format']}, newer than this atrous ({FORMAT})")
     return content
-
-
-def _check_sums(path: Path) -> None:
-    """`torch.load` reads damaged tensors as if nothing were wrong: check what the file, a zip of
-    uncompressed members, says of itself."""
-    with zipfile.ZipFile(path) as file:
-        if any(member.compress_type for member in file.infolist()):
-            raise ValueError("a member is compressed")
-        if damaged := file.testzip():
-            raise ValueError(f"{damaged} is damaged")
 
 
 def load_net(path: Path) -> tuple[nn.Module, dict[str, Any]]:
@@ -59,8 +47,9 @@ def load_net(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         net = build(content["net"], content["num_classes"])
         net.load_state_dict(content["state_dict"])
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"{path} holds no net that fits this atrous: {reason}") from error
+        raise UserError(
+            f"{path} holds no net that fits this atrous: {first_line(error)}"
+        ) from error
     return net.eval(), content
 
 
@@ -90,6 +79,15 @@ def load_data(run: Path, device: torch.device) -> data.Dataset:
     if dataset.name != name:
         raise UserError(f"{run} was trained on {name}; its --data {source} is {dataset.name} here")
     return dataset
+
+
+def load_summary(run: Path) -> dict[str, Any]:
+    """What the run in a folder came to. Raises UserError where it is missing or damaged."""
+    path = run / "summary.json"
+    try:
+        return dict(json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"{path} is missing or damaged: {error}") from error
 
 
 def load_history(run: Path) -> list[dict[str, Any]]:

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -41,7 +42,7 @@ def exit_status(job: Callable[[], None]) -> int:
     except (UserError, OSError) as error:
         print("error:", *str(error).split(), file=sys.stderr)  # a library's message has many lines
         return 2
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         print("error: the device is out of memory: try a smaller --batch-size", file=sys.stderr)
@@ -55,9 +56,16 @@ def exit_status(job: Callable[[], None]) -> int:
     return 0
 
 
-def is_out_of_memory(error: RuntimeError) -> bool:
-    """Whether PyTorch found too little memory, on a GPU or the host."""
-    return "out of memory" in str(error) or "not enough memory" in str(error)
+def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    """Whether PyTorch or NumPy found too little memory, on a GPU or the host."""
+    return isinstance(error, MemoryError) or any(
+        words in str(error) for words in ("out of memory", "not enough memory", "allocate memory")
+    )
+
+
+def first_line(error: Exception) -> str:
+    """What a library's error says, without the lines that only its developers read."""
+    return str(error).strip().partition("\n")[0]
 
 
 @contextmanager
@@ -77,13 +85,13 @@ def noting_sigterm() -> Iterator[threading.Event]:
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
+def written_whole(path: Path, ending: str = ".tmp") -> Iterator[BinaryIO]:
     """Open `path` for writing so that it appears whole or, on any failure, stays as it was.
 
-    A kill at any byte leaves the previous file, and at worst a `.tmp` beside it that the next
-    writing replaces. Raises OSError where the folder cannot be written.
+    A kill at any byte leaves the previous file, and at worst one with the `ending` beside it that
+    the next writing replaces. Raises OSError where the folder cannot be written.
     """
-    temporary = path.with_name(path.name + ".tmp")
+    temporary = path.with_name(path.name + ending)
     try:
         with temporary.open("wb") as file:
             yield file
@@ -96,3 +104,13 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
         if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
             raise error.__context__ from None  # a full disk, over which torch.save fails once more
         raise
+
+
+def check_sums(path: Path) -> None:
+    """`torch.load` reads damaged tensors as if nothing were wrong: check what the file, a zip of
+    uncompressed members, says of itself. Raises ValueError, and what `zipfile` does."""
+    with zipfile.ZipFile(path) as file:
+        if any(member.compress_type for member in file.infolist()):
+            raise ValueError("a member is compressed")
+        if damaged := file.testzip():
+            raise ValueError(f"{damaged} is damaged")

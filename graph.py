@@ -11,7 +11,7 @@ import torch
 from torch import fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
-from common import UserError
+from common import UserError, first_line
 
 POOLINGS = (nn.AvgPool2d, nn.MaxPool2d, nn.LPPool2d)
 ADAPTIVE = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
@@ -135,8 +135,9 @@ def trace(module: nn.Module, input_shape: tuple[int, int, int] = (3, 32, 32)) ->
         with torch.no_grad(), redirect_stderr(io.StringIO()):  # where it prints a traceback
             ShapeProp(graph).propagate(torch.zeros(1, *input_shape))
     except Exception as error:  # any code of the user's can fail
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"receptive field: the net cannot be traced: {reason}") from error
+        raise UserError(
+            f"receptive field: the net cannot be traced: {first_line(error)}"
+        ) from error
     fields: dict[fx.Node, Fields | None] = {}  # None: no map any more, its layout is gone
     layers, last = [], None
     for node in graph.graph.nodes:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from common import SIZE, UserError, written_whole
+from common import SIZE, UserError, check_sums, written_whole
 
 MAX_FILE_BYTES = 1 << 20  # a 32×32 image has a few kilobytes; what claims more is none
 MAX_ARCHIVE_BYTES = 2 << 30  # unpacked: half a million images
@@ -36,6 +36,7 @@ def read(path: Path) -> tuple[str, list[str], Splits]:
     cache = cache_home / "atrous" / f"{name}-{key}.pt"
     if cache.exists():
         try:
+            check_sums(cache)
             stored = torch.load(cache, weights_only=True)
             return name, stored["classes"], stored["splits"]
         except Exception as error:  # whatever is wrong with it, the source is at hand
@@ -43,7 +44,7 @@ def read(path: Path) -> tuple[str, list[str], Splits]:
     classes, splits = _decode(path)
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
-        with written_whole(cache) as file:
+        with written_whole(cache, f".{os.getpid()}.tmp") as file:  # two runs may decode at once
             torch.save({"classes": classes, "splits": splits}, file)
     except OSError as error:
         print(f"warning: decoded images are not cached: {error}", file=sys.stderr)
@@ -57,7 +58,7 @@ def _fingerprint(path: Path) -> str:
         for file in sorted(f for split in ("train", "test") for f in (path / split).rglob("*")):
             stat = file.stat()
             digest.update(
-                f"{file.relative_to(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\0".encode()
+                os.fsencode(f"{file.relative_to(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\0")
             )
     else:
         with path.open("rb") as file:
@@ -73,6 +74,8 @@ def _decode(path: Path) -> tuple[list[str], Splits]:
         split, *inner = PurePosixPath(name).parts
         if len(inner) != 2 or ".." in inner:
             raise UserError(f"--data {path}: {name} is not of the form {split}/<class>/<image>")
+        if not inner[0].isprintable():
+            raise UserError(f"--data {path}: {name!a} has a class without a readable name")
         if tuple(inner) in decoded[split]:
             raise UserError(f"--data {path}: {name} is there twice")
         decoded[split][tuple(inner)] = _pixels(path, name, blob)

@@ -76,9 +76,17 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, capsys):
     assert not (folder / "last.pt").exists()
 
 
-def test_out_of_memory_is_one_line(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+        MemoryError("Unable to allocate 9.00 GiB for an array"),
+    ],
+)
+def test_out_of_memory_is_one_line(tmp_path, monkeypatch, capsys, error):
     def exhausted(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
+        raise error
 
     monkeypatch.setattr(step, "train_step", exhausted)
     assert train.main([*SMALL, "--out", str(tmp_path / "run")]) == 2

@@ -157,9 +157,12 @@ def test_damaged_or_forbidden_cache_is_no_obstacle(tmp_path, capsys, monkeypatch
     path = write_tar(tmp_path / "pets.tar", files())
     load(path)
     (cache,) = (tmp_path / "cache" / "atrous").iterdir()
-    cache.write_bytes(cache.read_bytes()[:500])
-    assert len(load(path).train_images) == 8
-    assert "damaged" in capsys.readouterr().err
+    blob = cache.read_bytes()
+    middle = len(blob) // 2
+    for damaged in (blob[:500], blob[:middle] + bytes([blob[middle] ^ 1]) + blob[middle + 1 :]):
+        cache.write_bytes(damaged)
+        assert len(load(path).train_images) == 8
+        assert "is damaged, decoding again" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert len(load(path).train_images) == 8
@@ -183,6 +186,7 @@ BAD_MEMBERS = {
     "gif": (files() | {"train/cat/a.gif": png(0, mode="L", kind="GIF")}, "train/cat/a.gif"),
     "too deep": (files() | {"train/cat/deep/a.png": png(0)}, "train/cat/deep/a.png"),
     "no class": (files() | {"train/a.png": png(0)}, "train/a.png"),
+    "no name": (files() | {"train/c\udcff/a.png": png(0)}, "without a readable name"),
     "huge": (files() | {"train/cat/a.png": bytes((1 << 20) + 1)}, "too large"),
 }
 
@@ -341,7 +345,16 @@ def test_a_local_copy_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(
         CIFAR10, "meta", {"filename": meta[0], "key": "label_names", "md5": meta[1]}
     )
+    packed = tmp_path / "packed"
+    packed.mkdir()
+    archive = packed / CIFAR10.filename
+    with tarfile.open(archive, "w:gz") as file:
+        file.add(folder, folder.name)
+    monkeypatch.setattr(CIFAR10, "tgz_md5", calculate_md5(archive))
+    unpacked = data.load("auto", packed, CPU)
+    assert {path.name for path in packed.iterdir()} == {archive.name, folder.name}
     dataset = data.load("auto", tmp_path, CPU)
+    assert torch.equal(unpacked.train_images, dataset.train_images)
     assert (dataset.name, dataset.classes) == ("cifar10", list("abcdefghij"))
     assert dataset.train_images.shape == (100, 3, 32, 32)
     assert dataset.train_images[3].flatten().tolist() == rows[3].tolist()
