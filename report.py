@@ -88,6 +88,21 @@ def draw_examples(path: Path, dataset: data.Dataset, examples: tuple[Tensor, Ten
     )
 
 
+HEADER = (
+    f"{'epoch':>5} {'lr':>9} {'train loss':>10} {'train acc':>9} "
+    f"{'test loss':>9} {'test acc':>8} {'seconds':>8} {'images/s':>9}"
+)
+
+
+def format_line(line: dict[str, float]) -> str:
+    """An epoch's line under HEADER."""
+    return (
+        f"{line['epoch']:5d} {line['lr']:9.5f} {line['train_loss']:10.4f} "
+        f"{line['train_accuracy']:9.2%} {line['test_loss']:9.4f} {line['test_accuracy']:8.2%} "
+        f"{line['seconds']:8.2f} {line['images_per_second']:9,.0f}"
+    )
+
+
 def announce(facts: dict[str, Any], dataset: data.Dataset, folder: Path) -> None:
     """Print what a run is about to do."""
     processes = f", {facts['processes']} processes" if facts["processes"] > 1 else ""
@@ -122,7 +137,7 @@ def write_card(folder: Path, summary: dict[str, Any], flags: dict[str, Any]) -> 
     shares = "\n".join(
         f"| {name} | {share:.1%} |" for name, share in summary["class_accuracy"].items()
     )
-    changed = ", ".join(f"`{key} {value}`" for key, value in flags.items() if value is not None)
+    given = ", ".join(f"`{key} {value}`" for key, value in flags.items() if value is not None)
     text = f"""# {summary["net"]} on {summary["data"]}
 
 A convolutional net for 32×32 colour images, trained and tested on `{summary["data"]}`; on other
@@ -149,7 +164,7 @@ images, sizes and cameras it was not.
 |---|---|
 {shares}
 
-Every flag: {changed}.
+Every flag: {given}.
 """
     with written_whole(folder / "card.md") as file:
         file.write(text.encode())

@@ -6,7 +6,6 @@ Nothing but the net's own arithmetic should cost time: the data set lies on the 
 indexed and augmented there, and the host reads figures once an epoch.
 """
 
-import json
 import math
 import os
 import shlex
@@ -31,7 +30,15 @@ import model
 import ranks
 import report
 import step
-from common import Terminated, UserError, exit_status, is_out_of_memory, noting_sigterm
+from augment import Policy
+from common import (
+    Terminated,
+    UserError,
+    exit_status,
+    first_line,
+    is_out_of_memory,
+    noting_sigterm,
+)
 from flags import describe_recipe, parse_flags, policy_of
 from machine import (
     choose_device,
@@ -42,11 +49,6 @@ from machine import (
     versions,
 )
 from optimise import Training, make_training
-
-HEADER = (
-    f"{'epoch':>5} {'lr':>9} {'train loss':>10} {'train acc':>9} "
-    f"{'test loss':>9} {'test acc':>8} {'seconds':>8} {'images/s':>9}"
-)
 
 
 def training_batches(dataset: data.Dataset, args: Namespace) -> Iterator[tuple[Tensor, Tensor]]:
@@ -129,6 +131,40 @@ def run_epoch(
         training.reached = {"epoch": epoch, "seconds": training.elapsed}
 
 
+def run_epochs(
+    training: Training,
+    dataset: data.Dataset,
+    policy: Policy | None,
+    args: Namespace,
+    folder: Path,
+) -> None:
+    """Those that are left, each with its checkpoint, its metrics and its printed line. Raises
+    Terminated after the epoch in which SIGTERM came to one of the processes."""
+    steps = len(dataset.train_images) // args.batch_size
+    done = {"total": args.epochs * steps, "initial": len(training.history) * steps}
+    quiet = True if ranks.rank() else None  # None: only where stderr is no terminal
+    with (
+        tqdm(**done, unit="step", leave=False, disable=quiet) as bar,
+        noting_sigterm() as asked_to_end,
+    ):
+        take_step, radius = None, None
+        while len(training.history) < args.epochs:
+            wanted = sam_radius(args, len(training.history) + 1)
+            if radius != wanted:
+                radius, begun = wanted, time.perf_counter()
+                take_step = step.make_step(training, dataset, policy, args, radius)
+                training.elapsed += time.perf_counter() - begun
+            run_epoch(training, take_step, dataset, args, bar)
+            if ranks.rank() == 0:
+                state = {"data": images_of(dataset), **training.state()}
+                checkpoint.save(folder / "last.pt", state)
+                report.write_history(folder, training.history)
+                tqdm.write(report.format_line(training.history[-1]))
+                sys.stdout.flush()
+            if ranks.any_says(asked_to_end.is_set(), dataset.train_images.device):
+                raise Terminated(f"--resume {folder} goes on after the last line")
+
+
 def sam_radius(args: Namespace, epoch: int) -> float:
     """That of sharpness-aware steps: late in a run they do what they do throughout (Zhou et al.
     2024, arxiv.org/abs/2410.10373), at a quarter of the cost."""
@@ -137,14 +173,6 @@ def sam_radius(args: Namespace, epoch: int) -> float:
 
 METRICS = ("epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
 METRICS += ("seconds", "images_per_second", "skipped_steps")
-
-
-def format_line(line: dict[str, float]) -> str:
-    return (
-        f"{line['epoch']:5d} {line['lr']:9.5f} {line['train_loss']:10.4f} "
-        f"{line['train_accuracy']:9.2%} {line['test_loss']:9.4f} {line['test_accuracy']:8.2%} "
-        f"{line['seconds']:8.2f} {line['images_per_second']:9,.0f}"
-    )
 
 
 # A run, from its folder to its results
@@ -186,55 +214,28 @@ def run(args: Namespace, argv: list[str], dataset: data.Dataset, start: float) -
         "versions": versions(),
     }
     folder = Path(args.resume or run_folder(args, dataset.name))
-    if args.resume:
-        resume(training, folder, dataset)
+    if args.resume and (folder / "last.pt").exists():
+        resume(training, folder, dataset, args)
         if len(training.history) == args.epochs and (folder / "summary.json").exists():
             print(f"{folder} has all its {args.epochs} epochs")
-            return json.loads((folder / "summary.json").read_text())
+            return checkpoint.load_summary(folder)
         start -= training.elapsed
-    elif ranks.rank() == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            report.write_json(folder / "config.json", {"flags": vars(args), **facts})
-        except OSError as error:
-            raise UserError(f"--out {folder} cannot be written: {error}") from error
+    else:
+        write_config(folder, {"flags": vars(args), **facts})
     report.announce(facts, dataset, folder)
     if args.recipe is not None:
         print(describe_recipe(args))
-    print(f"\n{HEADER}", flush=True)
-    done = len(training.history)
-    total = {"total": args.epochs * steps, "initial": done * steps}
-    quiet = True if ranks.rank() else None  # None: only where stderr is no terminal
+    print(f"\n{report.HEADER}", flush=True)
     policy = policy_of(args) if args.augment == "device" else None
     try:
-        with (
-            tqdm(**total, unit="step", leave=False, disable=quiet) as bar,
-            noting_sigterm() as asked_to_end,
-        ):
-            take_step, radius = None, None
-            while len(training.history) < args.epochs:
-                wanted = sam_radius(args, len(training.history) + 1)
-                if radius != wanted:
-                    radius, begun = wanted, time.perf_counter()
-                    take_step = step.make_step(training, dataset, policy, args, radius)
-                    training.elapsed += time.perf_counter() - begun
-                run_epoch(training, take_step, dataset, args, bar)
-                if ranks.rank() == 0:
-                    state = {"data": images_of(dataset), **training.state()}
-                    checkpoint.save(folder / "last.pt", state)
-                    report.write_history(folder, training.history)
-                    tqdm.write(format_line(training.history[-1]))
-                    sys.stdout.flush()
-                if ranks.any_says(asked_to_end.is_set(), device):
-                    raise Terminated(f"--resume {folder} goes on after the last line")
+        run_epochs(training, dataset, policy, args, folder)
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(f"--resume {folder} goes on after the last line") from interrupt
     except OSError as error:  # a full disk, say
         raise UserError(f"{error}; --resume {folder} goes on after the last line") from error
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if args.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            reason = str(error).strip().partition("\n")[0]
-            raise UserError(f"--compile: {reason}; train without it") from error
+            raise UserError(f"--compile: {first_line(error)}; train without it") from error
         if not is_out_of_memory(error):
             raise
         raise UserError(
@@ -279,9 +280,17 @@ def images_of(dataset: data.Dataset) -> str:
     return f"{len(dataset.train_images):,} images of {dataset.name}"
 
 
-def resume(training: Training, folder: Path, dataset: data.Dataset) -> None:
-    if not (folder / "last.pt").exists():
-        return  # ended before its first epoch did
+def write_config(folder: Path, config: dict[str, Any]) -> None:
+    if ranks.rank() == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            report.write_json(folder / "config.json", config)
+        except OSError as error:
+            raise UserError(f"--out {folder} cannot be written: {error}") from error
+
+
+def resume(training: Training, folder: Path, dataset: data.Dataset, args: Namespace) -> None:
+    """Have `training` where the run in `folder` stopped; the run notes where its images lie now."""
     state = checkpoint.load(folder / "last.pt")
     if state.get("data") != images_of(dataset):
         raise UserError(
@@ -290,8 +299,12 @@ def resume(training: Training, folder: Path, dataset: data.Dataset) -> None:
     try:
         training.load_state(state)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = str(error).strip().partition("\n")[0]
-        raise UserError(f"--resume {folder}: last.pt does not fit this run: {reason}") from error
+        raise UserError(
+            f"--resume {folder}: last.pt does not fit this run: {first_line(error)}"
+        ) from error
+    config = checkpoint.load_config(folder)
+    config["flags"] |= {"data": args.data, "data_dir": args.data_dir}
+    write_config(folder, config)
     if ranks.rank() == 0:
         report.write_history(folder, training.history)
 
@@ -317,24 +330,33 @@ def run_seeds(args: Namespace, argv: list[str], device: torch.device) -> None:
         dataset = data.load(args.data, Path(args.data_dir), device, args.train_images, args.holdout)
     if ranks.rank() == 0:
         print(f"data read in {time.perf_counter() - start:.1f} s", file=sys.stderr)
-    base = run_folder(args, dataset.name)
     if not args.resume:
-        refuse_existing(base, device)
+        refuse_existing(run_folder(args, dataset.name), device)
     if args.repeat == 1:
         run(args, argv, dataset, start)
     else:
-        seeds = range(args.seed, args.seed + args.repeat)
-        runs = [
-            Namespace(**{**vars(args), "seed": seed, "repeat": 1, "out": str(base / f"s{seed}")})
-            for seed in seeds
-        ]
-        for each in runs:
-            refuse_existing(Path(each.out), device)
-        summaries = [run(each, argv, dataset, time.perf_counter()) for each in runs]
-        if ranks.rank() == 0:
-            report.write_repeats(base, summaries)
+        repeat(args, argv, dataset)
     if args.data == "auto" and dataset.name == "synthetic":
         print("warning: CIFAR-10 was out of reach; all of the above is on synthetic images")
+
+
+def repeat(args: Namespace, argv: list[str], dataset: data.Dataset) -> None:
+    """A run for each seed, in folders of their own, and their mean. With --resume, those that are
+    there already are gone on with."""
+    base = Path(args.resume or run_folder(args, dataset.name))
+    folders = {seed: base / f"s{seed}" for seed in range(args.seed, args.seed + args.repeat)}
+    if not args.resume:
+        for folder in folders.values():
+            refuse_existing(folder, dataset.train_images.device)
+        write_config(base, {"flags": vars(args), "data": dataset.name})
+    summaries = []
+    for seed, folder in folders.items():
+        begun = str(folder) if (folder / "last.pt").exists() else None
+        own = {"seed": seed, "repeat": 1, "out": str(folder), "resume": begun}
+        each = Namespace(**vars(args) | own)
+        summaries.append(run(each, argv, dataset, time.perf_counter()))
+    if ranks.rank() == 0:
+        report.write_repeats(base, summaries)
 
 
 def main(argv: list[str]) -> int:

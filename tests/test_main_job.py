@@ -173,6 +173,14 @@ def test_a_resumed_run_keeps_its_flags(finished, capsys):
         assert capsys.readouterr().err == error
 
 
+def test_a_run_from_before_a_flag(finished, tmp_path, capsys):
+    config = json.loads((finished[0] / "config.json").read_text())
+    del config["flags"]["sam"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert train.main(["--resume", str(tmp_path)]) == 2
+    assert "config.json has no --sam: a run of an older atrous" in capsys.readouterr().err
+
+
 def test_a_recipe_is_recorded_and_resumed(tmp_path, capsys, no_pictures):
     folder = tmp_path / "run"
     arguments = [*SMALL, "--net", "net136k", "--recipe", "net136k", "--epochs", "1"]
@@ -194,6 +202,7 @@ def test_a_resumed_run_keeps_its_data(finished, tmp_path, capsys):
     assert "120 images of synthetic, not 120 images of pets" in capsys.readouterr().err
     assert train.main(["--resume", str(finished[0]), "--data-dir", str(tmp_path)]) == 0
     config = json.loads((finished[0] / "config.json").read_text())
+    assert config["flags"]["data_dir"] == str(tmp_path)  # where export.py, say, is to look for it
     config["flags"]["train_images"] = 110  # as if a folder had lost some
     other = shutil.copytree(finished[0], tmp_path / "run")
     (other / "config.json").write_text(json.dumps(config))
@@ -207,14 +216,16 @@ def test_a_run_that_has_ended_stays_as_it_is(finished, capsys):
     assert train.main(["--resume", str(folder)]) == 0
     assert "has all its 2 epochs" in capsys.readouterr().out
     after = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
-    assert {name for name in after if after[name] != before.get(name)} <= {"metrics.jsonl"}
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert changed <= {"metrics.jsonl", "config.json"}
 
 
 def test_repeats(tmp_path, capsys, no_pictures):
     folder = tmp_path / "runs"
     arguments = [*SMALL, "--epochs", "1", "--repeat", "2", "--seed", "3", "--out", str(folder)]
     assert train.main(arguments) == 0
-    assert {path.name for path in folder.iterdir()} == {"s3", "s4", "summary.json"}
+    files = {"s3", "s4", "config.json", "summary.json"}
+    assert {path.name for path in folder.iterdir()} == files
     summary = json.loads((folder / "summary.json").read_text())
     each = [json.loads((folder / s / "summary.json").read_text()) for s in ("s3", "s4")]
     values = [one["final_accuracy"] for one in each]
@@ -226,8 +237,32 @@ def test_repeats(tmp_path, capsys, no_pictures):
     assert train.main([*arguments, "--seed", "9"]) == 2
     assert train.main([*SMALL, "--out", str(folder)]) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert sum("a run is there already; give another --out" in line for line in errors) == 2
+    assert sum(f"--resume {folder} goes on with it" in line for line in errors) == 2
     assert not (folder / "s9").exists()
+
+
+def test_seeds_that_were_interrupted(tmp_path, monkeypatch, no_pictures):
+    whole, folder = tmp_path / "whole", tmp_path / "interrupted"
+    arguments = [*SMALL, "--net", "net136k", "--epochs", "1", "--repeat", "3", "--out"]
+    assert train.main([*arguments, str(whole)]) == 0
+    run_epoch, begun = train.run_epoch, []
+
+    def interrupted(*given):
+        begun.append(1)
+        if len(begun) == 2:
+            raise KeyboardInterrupt
+        run_epoch(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "run_epoch", interrupted)
+        assert train.main([*arguments, str(folder)]) == 130
+    assert train.main([*arguments, str(folder)]) == 2
+    before = (folder / "s0/metrics.jsonl").read_text()
+    assert train.main(["--resume", str(folder)]) == 0
+    assert (folder / "s0/metrics.jsonl").read_text() == before
+    both = [json.loads((each / "summary.json").read_text()) for each in (whole, folder)]
+    assert both[0]["final_accuracy"] == both[1]["final_accuracy"]
+    assert both[1]["seeds"] == [0, 1, 2]
 
 
 def test_a_class_that_no_test_image_has(tmp_path, no_pictures):
@@ -322,13 +357,24 @@ def test_deterministic_algorithms_where_asked_for(tmp_path, no_pictures):
 @pytest.mark.gpu
 def test_the_same_bits_again_on_a_gpu(tmp_path, monkeypatch, no_pictures):
     folders = [tmp_path / name for name in ("one", "two", "resumed")]
-    arguments = [*SMALL, "--device", "cuda", "--deterministic", "--out"]
+    arguments = [*SMALL, "--epochs", "8", "--device", "cuda", "--deterministic", "--out"]
     for folder in folders[:2]:
         assert train.main([*arguments, str(folder)]) == 0
+    write_history = train.report.write_history
+
+    def terminated(folder, history):
+        write_history(folder, history)
+        if len(history) in (1, 7):  # 7: amid the sharpness-aware epochs
+            signal.raise_signal(signal.SIGTERM)
+
     with monkeypatch.context() as patch:
-        patch.setattr(train.report, "write_history", lambda *_: signal.raise_signal(signal.SIGTERM))
+        patch.setattr(train.report, "write_history", terminated)
         assert train.main([*arguments, str(folders[2])]) == 143
-    assert train.main(["--resume", str(folders[2])]) == 0
+    for status in (143, 0):
+        with monkeypatch.context() as patch:
+            if status:
+                patch.setattr(train.report, "write_history", terminated)
+            assert train.main(["--resume", str(folders[2])]) == status
     assert timeless(folders[0]) == timeless(folders[1]) == timeless(folders[2])
     first, *others = [checkpoint.load(each / "model.pt")["state_dict"] for each in folders]
     for other in others:
