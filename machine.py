@@ -41,7 +41,6 @@ def make_deterministic(wanted: bool) -> None:
     if wanted:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # or cuBLAS refuses
     torch.use_deterministic_algorithms(wanted)
-    torch.backends.cudnn.benchmark = False
 
 
 def keep_freed_memory() -> None:

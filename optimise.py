@@ -58,7 +58,7 @@ def make_training(net: nn.Module, args: Namespace, device: torch.device, steps: 
         momentum=args.momentum,
         nesterov=args.momentum > 0,
         # The scaler leaves it to a fused optimiser to skip a step, too late for Muon's momentum.
-        fused=device.type == "cuda" and not scaler.is_enabled(),
+        fused=(device.type == "cuda" and not scaler.is_enabled()) or None,
     )
     scheduler = make_scheduler(optimizer, args, steps)
     return Training(net, ranks.parallel(net), optimizer, scheduler, scaler)

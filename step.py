@@ -3,6 +3,7 @@
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -89,11 +90,13 @@ def uphill(net: nn.Module, radius: float) -> Iterator[None]:
         torch._foreach_add_(weights, torch._foreach_mul(gradients, radius / length))
     for norm in norms:
         norm.track_running_stats = False
-    yield
-    for norm in norms:
-        norm.track_running_stats = True
-    with torch.no_grad():
-        torch._foreach_copy_(weights, before)
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+        with torch.no_grad():
+            torch._foreach_copy_(weights, before)
 
 
 def make_step(
@@ -164,14 +167,20 @@ def captured(step: Step, training: Training, images: Tensor, labels: Tensor) -> 
 
 
 def warmed_up(job: Callable[[], object]) -> torch.cuda.Stream:
-    """A stream to capture `job` on, which has run there until libraries chose their ways."""
-    stream = torch.cuda.Stream()
+    """The stream to capture `job` on, which has run there until libraries chose their ways."""
+    stream = capture_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):
             job()
     torch.cuda.current_stream().wait_stream(stream)
     return stream
+
+
+@cache
+def capture_stream() -> torch.cuda.Stream:
+    """One for all captures: cuBLAS keeps a workspace of 32 MiB for each stream that it has seen."""
+    return torch.cuda.Stream()
 
 
 @torch.no_grad()

@@ -1,4 +1,5 @@
 import json
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from model import build
 from optimise import make_training
 
 CPU = torch.device("cpu")
-NOTHING = Policy(flip_p=0, affine_p=0, cutout_p=0)
+NOTHING = Policy(flip_p=0, affine_p=0, cutout_p=0, brightness_contrast_p=0)
 
 
 def test_what_the_net_sees():
@@ -24,14 +25,14 @@ def test_what_the_net_sees():
     plain = step.prepared(dataset.train_images, NOTHING, dataset.mean, dataset.std)
     normal = data.normalize(dataset.train_images, dataset.mean, dataset.std)
     assert torch.equal(plain, normal)
-    hole = Policy(flip_p=0, affine_p=0, cutout_p=1)
+    hole = replace(NOTHING, cutout_p=1)
     cut = step.prepared(dataset.train_images, hole, dataset.mean, dataset.std)
     assert ((cut == 0).all(1).flatten(1).sum(1) >= 16 * 16).all()  # the mean's colour
-    grey = Policy(flip_p=0, affine_p=0, cutout_p=1, fill=100)
+    grey = replace(NOTHING, cutout_p=1, fill=100)
     cut = step.prepared(dataset.train_images, grey, dataset.mean, dataset.std)
     level = cut * dataset.std.view(-1, 1, 1) + dataset.mean.view(-1, 1, 1)
     assert ((level - 100).abs() < 1e-3).all(1).flatten(1).sum(1).min() >= 16 * 16
-    bright = Policy(**vars(NOTHING) | {"brightness": 0.5, "brightness_contrast_p": 1})
+    bright = replace(NOTHING, brightness=0.5, contrast=0, brightness_contrast_p=1)
     lit = step.prepared(dataset.train_images, bright, dataset.mean, dataset.std)
     assert (lit != normal).flatten(1).any(1).float().mean() > 0.9
     one, other = (
@@ -96,6 +97,17 @@ def test_a_radius_takes_the_gradient_uphill():
         torch.testing.assert_close(weight, before - 0.1 * gradient)
     for ours, seen in zip(net.buffers(), statistics, strict=True):
         torch.testing.assert_close(ours, seen)
+
+
+def test_weights_come_back_whatever_happens_uphill():
+    net = build("net136k", 10)
+    net(torch.randn(8, 3, 32, 32)).sum().backward()
+    before = deepcopy(net.state_dict())
+    with suppress(MemoryError), step.uphill(net, 0.1):
+        moved = deepcopy(net.state_dict())
+        raise MemoryError
+    assert any(not torch.equal(value, before[name]) for name, value in moved.items())
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
 def test_a_gradient_of_zero_leads_nowhere():
