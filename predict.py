@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import checkpoint
 import data
 import step
-from common import SIZE, Parser, exit_status
+from common import SIZE, Parser, UserError, exit_status
 from flags import number
 from machine import DEVICES, choose_device
 
@@ -49,10 +49,11 @@ def named_files(arguments: list[str]) -> Iterator[tuple[str, Path | BytesIO]]:
         if argument == "-":
             yield "-", BytesIO(sys.stdin.buffer.read())
         elif path.is_dir():
-            known = Image.registered_extensions()
-            for file in sorted(path.rglob("*")):
-                if file.suffix.lower() in known and file.is_file():
-                    yield str(file), file
+            kinds = Image.registered_extensions()
+            files = [f for f in path.rglob("*") if kinds.get(f.suffix.lower()) in Image.OPEN]
+            if not files:
+                raise UserError(f"{argument}: no image in that folder")
+            yield from ((str(file), file) for file in sorted(files))
         else:
             yield argument, path
 
@@ -97,6 +98,7 @@ def classify(args: Namespace) -> bool:
     if args.json:
         print(json.dumps([{"image": name, "predictions": best} for name, best in results]))
         return not failed
+    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
     width = max((len(name) for name, _ in results), default=0)
     widest = max(map(len, classes))
     for name, best in results:

@@ -1,5 +1,6 @@
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -114,6 +115,22 @@ def test_folders_and_standard_input(run, tmp_path, capsys, monkeypatch):
         ("y.JPG", "green"),
         ("-", "blue"),
     ]
+
+
+def test_a_name_that_is_not_utf8(run, tmp_path):
+    name = os.fsencode(tmp_path) + b"/\xff.png"
+    Path(os.fsdecode(save(tmp_path / "a.png", (250, 9, 9)))).rename(os.fsdecode(name))
+    command = [sys.executable, "predict.py", str(run), name, "--device", "cpu"]
+    root, strict = Path(predict.__file__).parent, {"PYTHONIOENCODING": "utf-8:strict"}
+    result = subprocess.run(command, capture_output=True, cwd=root, env=os.environ | strict)
+    assert (result.returncode, result.stderr) == (0, b"")
+    assert b"\\udcff.png" in result.stdout
+
+
+def test_a_folder_without_images(run, tmp_path, capsys):
+    (tmp_path / "notes.pdf").touch()
+    assert predict.main([str(run), str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: {tmp_path}: no image in that folder\n"
 
 
 def test_a_bad_file_is_skipped(run, tmp_path, capsys):
