@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 
 import checkpoint
 import data
@@ -90,7 +91,7 @@ def confusion(path: Path, labels: np.ndarray, logits: np.ndarray, classes: list[
     counts = np.zeros((len(classes), len(classes)), dtype=int)
     np.add.at(counts, (labels, logits.argmax(1)), 1)
     share = 100 * counts / counts.sum(1, keepdims=True).clip(min=1)
-    side = 2 + 0.5 * len(classes)
+    side = 2 + 0.5 * min(len(classes), 60)  # inches
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
     axes.grid(False)
@@ -176,6 +177,31 @@ def attention(path: Path, panels: list[Panel]) -> None:
     _save(figure, path)
 
 
+def effective_field(
+    path: Path, heat: np.ndarray, margin: int, square: list[tuple[int, int]], title: str
+) -> None:
+    """Gradient (H, W) of a central unit by the pixels of an image and of `margin` more around it;
+    `square` is its theoretical field, first and last row and column."""
+    figure = Figure(figsize=(6.4, 5.4), layout="constrained")
+    axes = figure.subplots()
+    axes.grid(False)
+    low, high = -margin - 0.5, len(heat) - margin - 0.5
+    picture = axes.imshow(heat / heat.max(), cmap="viridis", extent=(low, high, high, low))
+    (top, bottom), (left, right) = ((a - margin, b - margin) for a, b in square)
+    for x, y, width, height, colour, label in (
+        (left, top, right - left + 1, bottom - top + 1, ORANGE, "theoretical field"),
+        (0, 0, SIZE, SIZE, "white", "the image itself"),
+    ):
+        corner, style = (x - 0.5, y - 0.5), {"fill": False, "color": colour, "linewidth": 1.5}
+        axes.add_patch(Rectangle(corner, width, height, label=label, **style))
+    axes.set_xlabel("x, pixels of the image")
+    axes.set_ylabel("y, pixels of the image")
+    axes.set_title(title)
+    axes.legend(loc="upper right", fontsize=8, facecolor="#333333", labelcolor="white")
+    figure.colorbar(picture, label="mean |gradient|, of the largest")
+    _save(figure, path)
+
+
 def draw_run(
     folder: Path,
     title: str,
@@ -224,6 +250,8 @@ def redraw(run: Path, numbers: list[int] | None) -> list[dict[str, Any]]:
     dataset = checkpoint.load_data(run, torch.device("cpu"))
     count = len(dataset.test_images)
     numbers = list(range(0, count, -(-count // 6))) if numbers is None else numbers
+    if len(numbers) > 100:
+        raise UserError(f"--images: {len(numbers):,} of them; a picture shows 100 at most")
     for number in numbers:
         if not 0 <= number < count:
             raise UserError(

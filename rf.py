@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from common import SIZE, Parser, exit_status, written_whole
+from common import SIZE, Parser, exit_status
 from graph import trace
 
 
@@ -80,10 +80,11 @@ def _sides(pair: tuple[int, int] | None) -> str:
 
 
 def show_effective(run: Path) -> None:
-    """Measure a run's net on 1,000 of its test images, mirrored at their borders as far as the
+    """Measure a run's net on some 1,000 of its test images, mirrored at their borders as far as the
     theoretical field reaches, and draw it as RUN/effective_rf.png."""
     import checkpoint
     import data
+    import plots
 
     net, content = checkpoint.load_net(run / "model.pt")
     dataset = checkpoint.load_data(run, torch.device("cpu"))
@@ -104,7 +105,7 @@ def show_effective(run: Path) -> None:
         centre = [size // 2 for size in traced.features(inputs[:1]).shape[2:]]
     square = [f.extent(index) for f, index in zip(traced.fields, centre, strict=True)]
     title = f"{content['net']} on {dataset.name}: gradient of a central unit before the pooling"
-    _draw_heat(run / "effective_rf.png", heat, margin, square, title)
+    plots.effective_field(run / "effective_rf.png", heat.numpy(), margin, square, title)
     print(
         f"{content['net']} on {len(images):,} test images of {dataset.name}\n"
         f"theoretical receptive field  {max(traced.receptive_field)} pixels\n"
@@ -113,36 +114,6 @@ def show_effective(run: Path) -> None:
         f"gradient mass inside 32×32   {share:.1%}\n"
         f"picture                      {run / 'effective_rf.png'}"
     )
-
-
-def _draw_heat(
-    path: Path, heat: Tensor, margin: int, square: list[tuple[int, int]], title: str
-) -> None:
-    from matplotlib.figure import Figure
-    from matplotlib.patches import Rectangle
-
-    figure = Figure(figsize=(6.4, 5.4), layout="constrained")
-    axes = figure.subplots()
-    low, high = -margin - 0.5, len(heat) - margin - 0.5
-    picture = axes.imshow(
-        (heat / heat.max()).numpy(), cmap="viridis", extent=(low, high, high, low)
-    )
-    (top, bottom), (left, right) = ((a - margin, b - margin) for a, b in square)
-    for x, y, width, height, colour, label in (
-        (left, top, right - left + 1, bottom - top + 1, "#D55E00", "theoretical field"),
-        (0, 0, len(heat) - 2 * margin, len(heat) - 2 * margin, "white", "the image itself"),
-    ):
-        corner = x - 0.5, y - 0.5
-        axes.add_patch(
-            Rectangle(corner, width, height, fill=False, color=colour, linewidth=1.5, label=label)
-        )
-    axes.set_xlabel("x, pixels of the image")
-    axes.set_ylabel("y, pixels of the image")
-    axes.set_title(title, fontsize=9)
-    axes.legend(loc="upper right", fontsize=8, facecolor="#333333", labelcolor="white")
-    figure.colorbar(picture, label="mean |gradient|, of the largest")
-    with written_whole(path) as file:
-        figure.savefig(file, format="png", dpi=120)
 
 
 def main(argv: list[str]) -> int:

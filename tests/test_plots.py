@@ -151,6 +151,7 @@ def test_mistakes_of_the_user_are_one_line(run, capsys):
         return line
 
     assert "--images 60: synthetic has 60 test images" in error(run, "--images", "60")
+    assert "a picture shows 100 at most" in error(run, "--images", *range(50), *range(51))
     np.save(run / "predictions.npy", np.zeros((3, 10)))
     assert "predictions.npy is not of" in error(run)
     (run / "predictions.npy").write_bytes(b"no array")
