@@ -12,6 +12,7 @@ import checkpoint
 import plots
 import ranks
 import report
+import step
 import train
 
 # forks from a process that has imported everything and computed nothing
@@ -55,9 +56,9 @@ def _kill_within_write(number, share):
 
 
 def _record(path):
-    """Save what this process drew of each epoch, and its net after the last."""
-    share, make_training, run_epoch = ranks.share, train.make_training, train.run_epoch
-    seen = []
+    """Save what this process drew and flipped in each epoch, and its net after the last."""
+    share, run_epoch, apply = ranks.share, train.run_epoch, step.apply
+    seen, flipped = [], []
 
     def noted_share(items):
         mine = share(items)
@@ -65,14 +66,18 @@ def _record(path):
             seen.append(mine.clone())
         return mine
 
+    def noted_apply(images, params, *rest):
+        flipped.append(params.flip)
+        return apply(images, params, *rest)
+
     def noted_epoch(training, *rest):
         run_epoch(training, *rest)
         weights = {k: v.clone() for k, v in training.net.state_dict().items()}
         epochs = len(training.history)
-        torch.save({"seen": seen, "weights": weights, "epochs": epochs}, path)
+        noted = {"seen": seen, "flipped": flipped, "weights": weights, "epochs": epochs}
+        torch.save(noted, path)
 
-    ranks.share, train.run_epoch = noted_share, noted_epoch
-    train.make_training = make_training
+    ranks.share, train.run_epoch, step.apply = noted_share, noted_epoch, noted_apply
 
 
 def together(count, argv, folder):

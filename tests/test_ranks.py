@@ -50,6 +50,12 @@ def test_every_image_is_seen_once_an_epoch(pair):
         assert len(seen.unique()) == 120
 
 
+def test_each_process_draws_its_own_augmentation(pair):
+    one, other = (torch.stack(rank["flipped"]) for rank in pair[1])
+    assert one.shape == other.shape == (12, 20)
+    assert not (one == other).all(1).any()
+
+
 def test_the_processes_end_with_the_same_net(pair):
     one, other = (rank["weights"] for rank in pair[1])
     for name, value in one.items():

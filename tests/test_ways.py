@@ -30,7 +30,7 @@ def test_every_augmentation_touches_as_many_images(dataset, monkeypatch):
             sum(image.numpy().tobytes() in originals for image in batch) / 200 for batch in batches
         ]
         if "a draw a batch" in name:
-            assert set(untouched) <= {0, 1}
+            assert set(untouched) in ({0}, {0, 1})
         else:
             share = sum(untouched) / 4
             assert abs(share - 0.5 * 0.5 * 0.75) < 0.06, name
