@@ -48,7 +48,7 @@ RESULTS = Path(__file__).parent / "results"
 
 def bench_epoch(args: Namespace, argv: list[str]) -> None:
     """An epoch's phases at several batch sizes, beside the floor under it; then the same epoch in
-    other ways, the published recipes' among them."""
+    other ways, per-image transforms in a DataLoader among them."""
     device = choose_device(args.device)
     sizes = args.batch_size or ([256, 512, 1024] if device.type == "cuda" else [128, 256, 512])
     dataset = load(args.data, device, max(ways.BATCH, *sizes))

@@ -19,7 +19,7 @@ import checkpoint
 import data
 from common import SIZE, Parser, UserError, exit_status, require, written_whole
 
-CHECKED = 1000  # images that PyTorch and onnxruntime are compared on, and that calibrate int8
+CHECKED = 1000  # images or so that PyTorch and onnxruntime are compared on, and that calibrate int8
 TOLERANCE = 1e-4  # of a probability
 
 

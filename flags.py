@@ -47,32 +47,34 @@ def make_parser() -> Parser:
     flag("--holdout", type=number(int, 0), default=0, help="test on so many training images")
 
     flag = parser.add_argument_group("net").add_argument
-    flag("--net", default="atrous", choices=model.NETS)
-    flag("--dropout", type=number(float, 0, 0.99), default=0.0)
+    flag("--net", default="atrous", choices=model.NETS, help="atrous, or a published one")
+    flag("--dropout", type=number(float, 0, 0.99), default=0.0, help="share of what is set to 0")
 
     flag = parser.add_argument_group("training").add_argument
     flag("--recipe", choices=zoo.RECIPES, help="a published net's; flags given beside it win")
-    flag("--epochs", type=count, default=40)
-    flag("--batch-size", type=count, default=256)
+    flag("--epochs", type=count, default=40, help="passes over the training images")
+    flag("--batch-size", type=count, default=256, help="images a step, of all processes")
     flag("--optimizer", choices=("muon", "sgd"), default="muon", help="muon: for dense and 1×1")
     flag("--lr", type=number(float, 0, above=True), default=0.4, help="SGD's largest; Muon's: 1/10")
-    flag("--schedule", choices=("onecycle", "cyclic", "step"), default="onecycle")
+    schedules = ("onecycle", "cyclic", "step")
+    flag("--schedule", choices=schedules, default="onecycle", help="of the learning rate")
     flag("--momentum", type=number(float, 0, 0.999), default=0.9, help="Nesterov's")
     flag("--weight-decay", type=number(float, 0), default=5e-4, help="Muon's: × 200")
-    flag("--label-smoothing", type=share, default=0.0)
+    flag("--label-smoothing", type=share, default=0.0, help="share of every class alike")
     flag("--sam", type=number(float, 0), default=0.1, help="radius in the last quarter of epochs")
     flag("--target", type=share, help="report when test accuracy reached this fraction")
 
     flag = parser.add_argument_group("augmentation").add_argument
     policy = Policy()
-    flag("--augment", choices=("device", "albumentations", "none"), default="device")
+    ways = ("device", "albumentations", "none")
+    flag("--augment", choices=ways, default="device", help="albumentations: by a DataLoader")
     flag("--workers", type=number(int, 0), default=2, help="of --augment albumentations")
-    flag("--flip-p", type=share, default=policy.flip_p)
+    flag("--flip-p", type=share, default=policy.flip_p, help="share of the images flipped")
     flag("--shift", type=share, default=policy.shift, help="limit, fraction of the width")
     flag("--scale", type=number(float, 0, 0.9), default=policy.scale, help="limit, x and y apart")
     flag("--rotate", type=number(float, 0, 180), default=policy.rotate, help="limit, degrees")
-    flag("--affine-p", type=share, default=policy.affine_p)
-    flag("--border", choices=BORDERS, default=policy.border)
+    flag("--affine-p", type=share, default=policy.affine_p, help="share moved so")
+    flag("--border", choices=BORDERS, default=policy.border, help="what lies outside an image")
     flag(
         "--cutout",
         type=number(int, 0, SIZE),
@@ -80,22 +82,27 @@ def make_parser() -> Parser:
         help="largest side, pixels",
     )
     flag("--cutout-min", type=number(int, 1), help="smallest side; None: the largest")
-    flag("--cutout-p", type=share, default=policy.cutout_p)
+    flag("--cutout-p", type=share, default=policy.cutout_p, help="share with a hole")
     level = number(float, 0, 255)
     flag("--fill", type=level, help="level of hole and constant border; None: the images' mean")
     flag("--rgb-shift", type=level, nargs=3, default=list(policy.rgb_shift), help="limits, levels")
-    flag("--rgb-shift-p", type=share, default=policy.rgb_shift_p)
+    flag("--rgb-shift-p", type=share, default=policy.rgb_shift_p, help="share shifted so")
     flag("--brightness", type=share, default=policy.brightness, help="limit, fraction of 255")
     flag("--contrast", type=share, default=policy.contrast, help="limit of the factor's change")
-    flag("--brightness-contrast-p", type=share, default=policy.brightness_contrast_p)
+    flag(
+        "--brightness-contrast-p",
+        type=share,
+        default=policy.brightness_contrast_p,
+        help="share changed so",
+    )
 
     flag = parser.add_argument_group("run").add_argument
-    flag("--device", choices=DEVICES, default="auto")
-    flag("--precision", choices=("auto", *step.DTYPES), default="auto")
+    flag("--device", choices=DEVICES, default="auto", help="auto: the best there is")
+    flag("--precision", choices=("auto", *step.DTYPES), default="auto", help="of the arithmetic")
     flag("--deterministic", action="store_true", help="the same bits again, on a GPU too; slower")
     flag("--eager", action="store_true", help="no CUDA graph: each operation launched by itself")
     flag("--compile", action="store_true", help="the net through torch.compile; slow to start")
-    flag("--seed", type=number(int, 0, 2**31), default=0)
+    flag("--seed", type=number(int, 0, 2**31), default=0, help="of weights, order and draws")
     flag("--repeat", type=count, default=1, help="so many seeds, in DIR/s0, DIR/s1, …")
     flag("--out", metavar="DIR", help="the run folder (default: runs/<net>-<data>-s<seed>)")
     flag("--resume", metavar="DIR", help="go on with the run in DIR, with its own flags")
@@ -120,9 +127,11 @@ def parse_flags(argv: list[str]) -> Namespace:
     parser.set_defaults(**flags)
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        if name not in MAY_CHANGE and value != flags.get(name):
-            option = "--" + name.replace("_", "-")
-            raise UserError(f"{option} {value}: the run in {args.resume} has {flags.get(name)}")
+        option = "--" + name.replace("_", "-")
+        if name not in flags:
+            raise UserError(f"{args.resume}/config.json has no {option}: a run of an older atrous")
+        if name not in MAY_CHANGE and value != flags[name]:
+            raise UserError(f"{option} {value}: the run in {args.resume} has {flags[name]}")
     return args
 
 
@@ -131,8 +140,9 @@ def policy_of(args: Namespace) -> Policy:
     return Policy(**values | {"rgb_shift": tuple(args.rgb_shift)})
 
 
-OF_A_RECIPE = "batch_size optimizer lr schedule momentum weight_decay dropout sam flip_p shift"
-OF_A_RECIPE += " scale rotate affine_p cutout cutout_p fill"
+OF_A_RECIPE = "batch_size optimizer lr schedule momentum weight_decay label_smoothing dropout sam"
+OF_A_RECIPE += " flip_p shift scale rotate affine_p border cutout cutout_p fill"
+OF_A_RECIPE += " brightness_contrast_p"
 
 
 def describe_recipe(args: Namespace) -> str:
