@@ -98,13 +98,12 @@ def apply(
     params: Params,
     fill: float | Tensor,
     border: str = "reflect101",
-    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Flip, shift-scale-rotate and cutout of images (N, C, W, W), in any unit, as `dtype`.
+    """Flip, shift-scale-rotate and cutout of images (N, C, W, W), in any unit, as float32.
 
     `fill` is a number or (C, 1, 1) in the images' unit: the hole's colour, and what lies outside
-    the image where `border` is "constant". Computed in float32 and rounded once, so that an image
-    that draws nothing, or only a flip or a hole, keeps its values exactly.
+    the image where `border` is "constant". Computed in float32 under autocast too: an image that
+    draws nothing, or only a flip or a hole, keeps its values exactly.
     """
     if border not in BORDERS:
         raise ValueError(f"border {border!r} is not one of {BORDERS}")
@@ -124,7 +123,7 @@ def apply(
         images = _where(params.flip, lambda images, _: images.flip(3), images, params)
         images = _where(params.affine, warp, images, params)
         has_hole = params.hole[:, 2] > 0
-        return _where(has_hole, cut, images, params).to(dtype)
+        return _where(has_hole, cut, images, params)
 
 
 def inverse_matrix(params: Params, size: int) -> Tensor:

@@ -142,7 +142,6 @@ def policy_of(args: Namespace) -> Policy:
 
 OF_A_RECIPE = "batch_size optimizer lr schedule momentum weight_decay label_smoothing dropout sam"
 OF_A_RECIPE += " flip_p shift scale rotate affine_p border cutout cutout_p fill"
-OF_A_RECIPE += " brightness_contrast_p"
 
 
 def describe_recipe(args: Namespace) -> str:

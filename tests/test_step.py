@@ -17,7 +17,7 @@ from model import build
 from optimise import make_training
 
 CPU = torch.device("cpu")
-NOTHING = Policy(flip_p=0, affine_p=0, cutout_p=0, brightness_contrast_p=0)
+NOTHING = Policy(flip_p=0, affine_p=0, cutout_p=0)
 
 
 def test_what_the_net_sees():
@@ -32,7 +32,7 @@ def test_what_the_net_sees():
     cut = step.prepared(dataset.train_images, grey, dataset.mean, dataset.std)
     level = cut * dataset.std.view(-1, 1, 1) + dataset.mean.view(-1, 1, 1)
     assert ((level - 100).abs() < 1e-3).all(1).flatten(1).sum(1).min() >= 16 * 16
-    bright = replace(NOTHING, brightness=0.5, contrast=0, brightness_contrast_p=1)
+    bright = replace(NOTHING, brightness=0.5, brightness_contrast_p=1)
     lit = step.prepared(dataset.train_images, bright, dataset.mean, dataset.std)
     assert (lit != normal).flatten(1).any(1).float().mean() > 0.9
     one, other = (
