@@ -33,6 +33,11 @@ class Dataset:
     mean: Tensor
     std: Tensor
 
+    @property
+    def trained_on(self) -> str:
+        """What a checkpoint notes, and a resumed run has to have again."""
+        return f"{len(self.train_images):,} images of {self.name}"
+
 
 def load(
     source: str,

@@ -6,39 +6,26 @@ Nothing but the net's own arithmetic should cost time: the data set lies on the 
 indexed and augmented there, and the host reads figures once an epoch.
 """
 
-import math
 import os
 import shlex
-import statistics
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Iterator
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
-from tqdm import tqdm
 
 import checkpoint
 import data
+import epochs
 import graph
 import model
 import ranks
 import report
 import step
-from augment import Policy
-from common import (
-    Terminated,
-    UserError,
-    exit_status,
-    first_line,
-    is_out_of_memory,
-    noting_sigterm,
-)
+from common import Terminated, UserError, exit_status, first_line, is_out_of_memory
 from flags import describe_recipe, parse_flags, policy_of
 from machine import (
     choose_device,
@@ -49,133 +36,6 @@ from machine import (
     versions,
 )
 from optimise import Training, make_training
-
-
-def training_batches(dataset: data.Dataset, args: Namespace) -> Iterator[tuple[Tensor, Tensor]]:
-    """One shuffled epoch: images uint8 (B, 3, 32, 32), augmented already where that is done on the
-    host, and labels (B,); of each batch, this process's share."""
-    device = dataset.train_images.device
-    batches = data.epoch_batches(len(dataset.train_images), args.batch_size, device)
-    batches = [ranks.share(index) for index in batches]
-    ranks.own_streams()
-    if args.augment == "albumentations":
-        import reference
-
-        loader = reference.loader(
-            dataset.train_images,
-            dataset.train_labels,
-            [index.tolist() for index in batches],
-            policy_of(args),
-            dataset.mean,
-            args.workers,
-            pin_memory=device.type == "cuda",
-        )
-        for images, labels in loader:
-            yield images.to(device, non_blocking=True), labels.to(device)
-        return
-    for index in batches:  # index_select: on a CPU ten times as fast as images[index]
-        yield dataset.train_images.index_select(0, index), dataset.train_labels[index]
-
-
-def train_epoch(
-    training: Training, take_step: step.Step, dataset: data.Dataset, args: Namespace, bar: tqdm
-) -> dict[str, float]:
-    """One epoch of optimiser steps; its learning rate, loss, accuracy, seconds and images/s."""
-    training.net.train()
-    start = time.perf_counter()
-    rates, figures = [], []
-    for images, labels in training_batches(dataset, args):
-        rates.append(training.scheduler.get_last_lr()[0])
-        figures.append(take_step(images, labels))
-        training.scheduler.step()
-        bar.update()
-    figures = ranks.total(torch.stack(figures)).cpu()  # the epoch's first wait for the device
-    seconds = time.perf_counter() - start
-    losses, right, skipped = figures.unbind(1)
-    losses = (losses / ranks.count()).tolist()
-    for index, loss in enumerate(losses):
-        if not math.isfinite(loss):
-            number = len(training.history) * len(losses) + index + 1
-            raise UserError(
-                f"the loss is {loss} at step {number}, learning rate {rates[index]:.4g}: "
-                "try a lower --lr or --precision fp32"
-            )
-    count = len(losses) * args.batch_size
-    return {
-        "lr": float(rates[-1]),
-        "train_loss": statistics.fmean(losses),
-        "train_accuracy": right.sum().item() / count,
-        "seconds": seconds,
-        "images_per_second": count / seconds,
-        "skipped_steps": int(skipped.sum().item()) // ranks.count(),
-    }
-
-
-def run_epoch(
-    training: Training, take_step: step.Step, dataset: data.Dataset, args: Namespace, bar: tqdm
-) -> None:
-    """Train and evaluate one epoch, seeded by run and epoch so that a resumed run needs no state of
-    a generator, and add its line to the history."""
-    start = time.perf_counter()
-    epoch = len(training.history) + 1
-    torch.manual_seed(args.seed * 1_000_003 + epoch)
-    line = train_epoch(training, take_step, dataset, args, bar)
-    ranks.share_statistics(training.net)
-    logits = step.predict_logits(training.net, dataset, args.precision)
-    line["test_loss"] = F.cross_entropy(logits, dataset.test_labels).item()
-    line["test_accuracy"] = report.accuracy(logits, dataset.test_labels)
-    line["epoch"] = epoch
-    training.elapsed += time.perf_counter() - start
-    training.history.append({key: line[key] for key in METRICS})
-    if args.target and line["test_accuracy"] >= args.target and training.reached is None:
-        training.reached = {"epoch": epoch, "seconds": training.elapsed}
-
-
-def run_epochs(
-    training: Training,
-    dataset: data.Dataset,
-    policy: Policy | None,
-    args: Namespace,
-    folder: Path,
-) -> None:
-    """Those that are left, each with its checkpoint, its metrics and its printed line. Raises
-    Terminated after the epoch in which SIGTERM came to one of the processes."""
-    steps = len(dataset.train_images) // args.batch_size
-    done = {"total": args.epochs * steps, "initial": len(training.history) * steps}
-    quiet = True if ranks.rank() else None  # None: only where stderr is no terminal
-    with (
-        tqdm(**done, unit="step", leave=False, disable=quiet) as bar,
-        noting_sigterm() as asked_to_end,
-    ):
-        take_step, radius = None, None
-        while len(training.history) < args.epochs:
-            wanted = sam_radius(args, len(training.history) + 1)
-            if radius != wanted:
-                radius, begun = wanted, time.perf_counter()
-                take_step = step.make_step(training, dataset, policy, args, radius)
-                training.elapsed += time.perf_counter() - begun
-            run_epoch(training, take_step, dataset, args, bar)
-            if ranks.rank() == 0:
-                state = {"data": images_of(dataset), **training.state()}
-                checkpoint.save(folder / "last.pt", state)
-                report.write_history(folder, training.history)
-                tqdm.write(report.format_line(training.history[-1]))
-                sys.stdout.flush()
-            if ranks.any_says(asked_to_end.is_set(), dataset.train_images.device):
-                raise Terminated(f"--resume {folder} goes on after the last line")
-
-
-def sam_radius(args: Namespace, epoch: int) -> float:
-    """That of sharpness-aware steps: late in a run they do what they do throughout (Zhou et al.
-    2024, arxiv.org/abs/2410.10373), at a quarter of the cost."""
-    return args.sam if epoch > args.epochs - args.epochs // 4 else 0.0
-
-
-METRICS = ("epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
-METRICS += ("seconds", "images_per_second", "skipped_steps")
-
-
-# A run, from its folder to its results
 
 
 def run(args: Namespace, argv: list[str], dataset: data.Dataset, start: float) -> dict[str, Any]:
@@ -228,7 +88,7 @@ def run(args: Namespace, argv: list[str], dataset: data.Dataset, start: float) -
     print(f"\n{report.HEADER}", flush=True)
     policy = policy_of(args) if args.augment == "device" else None
     try:
-        run_epochs(training, dataset, policy, args, folder)
+        epochs.run_epochs(training, dataset, policy, args, folder)
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(f"--resume {folder} goes on after the last line") from interrupt
     except OSError as error:  # a full disk, say
@@ -245,7 +105,7 @@ def run(args: Namespace, argv: list[str], dataset: data.Dataset, start: float) -
     if ranks.rank() > 0:
         return facts
     torch.manual_seed(args.seed)
-    images, labels = next(training_batches(dataset, args))
+    images, labels = next(epochs.training_batches(dataset, args))
     examples = step.prepared(images, policy, dataset.mean, dataset.std), labels
     summary = {
         **report.write_outcome(folder, net, dataset, args, training.history, logits, examples),
@@ -276,10 +136,6 @@ def refuse_existing(folder: Path, device: torch.device) -> None:
         raise UserError(f"--out {folder} is not a folder")
 
 
-def images_of(dataset: data.Dataset) -> str:
-    return f"{len(dataset.train_images):,} images of {dataset.name}"
-
-
 def write_config(folder: Path, config: dict[str, Any]) -> None:
     if ranks.rank() == 0:
         try:
@@ -292,9 +148,9 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
 def resume(training: Training, folder: Path, dataset: data.Dataset, args: Namespace) -> None:
     """Have `training` where the run in `folder` stopped; the run notes where its images lie now."""
     state = checkpoint.load(folder / "last.pt")
-    if state.get("data") != images_of(dataset):
+    if state.get("data") != dataset.trained_on:
         raise UserError(
-            f"--resume {folder}: that run trains on {state.get('data')}, not {images_of(dataset)}"
+            f"--resume {folder}: that run trains on {state.get('data')}, not {dataset.trained_on}"
         )
     try:
         training.load_state(state)
@@ -351,10 +207,15 @@ def repeat(args: Namespace, argv: list[str], dataset: data.Dataset) -> None:
         write_config(base, {"flags": vars(args), "data": dataset.name})
     summaries = []
     for seed, folder in folders.items():
-        begun = str(folder) if (folder / "last.pt").exists() else None
-        own = {"seed": seed, "repeat": 1, "out": str(folder), "resume": begun}
+        own = {"seed": seed, "repeat": 1, "out": str(folder), "resume": None}
+        if (folder / "last.pt").exists():
+            precision = checkpoint.load_config(folder)["flags"]["precision"]  # as it was chosen
+            own |= {"resume": str(folder), "precision": precision}
         each = Namespace(**vars(args) | own)
-        summaries.append(run(each, argv, dataset, time.perf_counter()))
+        try:
+            summaries.append(run(each, argv, dataset, time.perf_counter()))
+        except (KeyboardInterrupt, Terminated) as ended:
+            raise type(ended)(f"--resume {base} goes on with this seed and the rest") from ended
     if ranks.rank() == 0:
         report.write_repeats(base, summaries)
 

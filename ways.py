@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
+import epochs
 import flags
 import model
 import step
-import train
 from augment import Policy
 from common import SIZE
 from measure import Phases, Way
@@ -36,7 +36,7 @@ def training(dataset: data.Dataset, args: Namespace, radius: float = 0.0) -> Way
     def way() -> Iterator[Tensor]:
         learner.net.train()
         while True:
-            for images, labels in train.training_batches(dataset, args):
+            for images, labels in epochs.training_batches(dataset, args):
                 yield take_step(images, labels)
                 learner.scheduler.step()
 

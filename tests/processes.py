@@ -9,6 +9,7 @@ import socket
 import torch
 
 import checkpoint
+import epochs
 import plots
 import ranks
 import report
@@ -57,7 +58,7 @@ def _kill_within_write(number, share):
 
 def _record(path):
     """Save what this process drew and flipped in each epoch, and its net after the last."""
-    share, run_epoch, apply = ranks.share, train.run_epoch, step.apply
+    share, run_epoch, apply = ranks.share, epochs.run_epoch, step.apply
     seen, flipped = [], []
 
     def noted_share(items):
@@ -77,7 +78,7 @@ def _record(path):
         noted = {"seen": seen, "flipped": flipped, "weights": weights, "epochs": epochs}
         torch.save(noted, path)
 
-    ranks.share, train.run_epoch, step.apply = noted_share, noted_epoch, noted_apply
+    ranks.share, epochs.run_epoch, step.apply = noted_share, noted_epoch, noted_apply
 
 
 def together(count, argv, folder):

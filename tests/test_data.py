@@ -1,4 +1,3 @@
-import gzip
 import http.client
 import io
 import pickle
@@ -11,7 +10,6 @@ import torch
 from PIL import Image
 
 import data
-import image_files
 from common import UserError
 from synthetic import shapes
 
@@ -134,142 +132,6 @@ def test_an_epoch_sees_every_image_once():
     assert not torch.equal(first, second)
     short = data.epoch_batches(103, 25, CPU)
     assert [len(batch) for batch in short] == [25] * 4
-
-
-# The cache
-
-
-def test_cache_is_used_until_the_source_changes(tmp_path, monkeypatch):
-    path = write_tar(tmp_path / "pets.tar", files())
-    first = load(path)
-    with monkeypatch.context() as patch:
-        patch.setattr(image_files, "_decode", lambda path: pytest.fail("decoded again"))
-        assert torch.equal(load(path).train_images, first.train_images)
-    write_tar(path, files(train=5))
-    assert len(load(path).train_images) == 10
-    folder = write_folder(tmp_path / "folder", files())
-    load(folder)
-    (folder / "train/cat/new.png").write_bytes(png((1, 2, 3)))
-    assert len(load(folder).train_images) == 9
-
-
-def test_damaged_or_forbidden_cache_is_no_obstacle(tmp_path, capsys, monkeypatch):
-    path = write_tar(tmp_path / "pets.tar", files())
-    load(path)
-    (cache,) = (tmp_path / "cache" / "atrous").iterdir()
-    blob = cache.read_bytes()
-    middle = len(blob) // 2
-    for damaged in (blob[:500], blob[:middle] + bytes([blob[middle] ^ 1]) + blob[middle + 1 :]):
-        cache.write_bytes(damaged)
-        assert len(load(path).train_images) == 8
-        assert "is damaged, decoding again" in capsys.readouterr().err
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert len(load(path).train_images) == 8
-    assert "not cached" in capsys.readouterr().err
-
-
-# Bad input
-
-
-def without(prefix):
-    return {name: blob for name, blob in files().items() if not name.startswith(prefix)}
-
-
-BAD_MEMBERS = {
-    "no test split": (without("test"), "no images in test"),
-    "different classes": (without("test/dog"), "dog"),
-    "one class": ({n: b for n, b in files().items() if "dog" not in n}, "only the class cat"),
-    "too large": (files() | {"train/cat/big.png": png((0, 0, 0), (33, 32))}, "big.png is 33×32"),
-    "truncated": (files() | {"test/dog/x.png": png((1, 2, 3))[:60]}, "test/dog/x.png"),
-    "no image": (files() | {"train/cat/notes.txt": b"hello"}, "train/cat/notes.txt"),
-    "gif": (files() | {"train/cat/a.gif": png(0, mode="L", kind="GIF")}, "train/cat/a.gif"),
-    "too deep": (files() | {"train/cat/deep/a.png": png(0)}, "train/cat/deep/a.png"),
-    "no class": (files() | {"train/a.png": png(0)}, "train/a.png"),
-    "no name": (files() | {"train/c\udcff/a.png": png(0)}, "without a readable name"),
-    "huge": (files() | {"train/cat/a.png": bytes((1 << 20) + 1)}, "too large"),
-}
-
-
-@pytest.mark.parametrize("kind", ["folder", "tar"])
-@pytest.mark.parametrize(("members", "message"), BAD_MEMBERS.values(), ids=BAD_MEMBERS)
-def test_bad_members(tmp_path, kind, members, message):
-    path = tmp_path / ("bad" if kind == "folder" else "bad.tar")
-    (write_folder if kind == "folder" else write_tar)(path, members)
-    with pytest.raises(UserError, match=message) as error:
-        load(path)
-    assert "\n" not in str(error.value)
-    assert not any(tmp_path.glob("cache/atrous/*"))
-
-
-def test_images_of_one_colour_cannot_be_normalised(tmp_path):
-    with pytest.raises(UserError, match="colour channel"):
-        load(write_tar(tmp_path / "bad.tar", dict.fromkeys(files(), png((9, 9, 9)))))
-
-
-@pytest.mark.parametrize("name", ["train/../x.png", "train/cat/../x.png"])
-def test_path_traversal_is_an_error(tmp_path, name):
-    with pytest.raises(UserError, match="not of the form"):
-        load(write_tar(tmp_path / "bad.tar", files() | {name: png(0)}))
-
-
-def test_a_link_in_an_archive_is_an_error(tmp_path):
-    path = write_tar(tmp_path / "bad.tar", files())
-    with tarfile.open(path, "a") as archive:
-        link = tarfile.TarInfo("train/cat/link.png")
-        link.type, link.linkname = tarfile.SYMTYPE, "/etc/passwd"
-        archive.addfile(link)
-    with pytest.raises(UserError, match=r"link\.png is a link"):
-        load(path)
-
-
-def test_a_member_that_is_there_twice_is_an_error(tmp_path):
-    path = write_tar(tmp_path / "bad.tar", files())
-    write_tar(path, {"train/cat/0.png": png(1)}, "a")
-    with pytest.raises(UserError, match="twice"):
-        load(path)
-
-
-@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".tar.xz"])
-def test_no_truncated_archive_loads(tmp_path, suffix):
-    path = tmp_path / f"pets{suffix}"
-    write_tar(path, files(), {".tar": "w", ".tar.gz": "w:gz", ".tar.xz": "w:xz"}[suffix])
-    whole = path.read_bytes()
-    end = len(whole) if suffix != ".tar" else 24 * 512  # behind it a tar is padded with zeros
-    for size in np.linspace(0, end - 1, 25).astype(int):
-        path.write_bytes(whole[:size])
-        with pytest.raises(UserError, match="pets"):
-            load(path)
-
-
-def test_no_damaged_header_hides_images(tmp_path):
-    path = write_tar(tmp_path / "pets.tar", files())
-    damaged = bytearray(path.read_bytes())
-    damaged[6 * 1024 + 3] ^= 0xFF  # in the name of the seventh of twelve members
-    path.write_bytes(damaged)
-    with pytest.raises(UserError, match="train/"):
-        load(path)
-
-
-def test_damage_that_only_the_checksum_shows(tmp_path):
-    path = write_tar(tmp_path / "pets.tar", files())
-    packed = bytearray(gzip.compress(path.read_bytes(), 0))  # stored, not deflated
-    packed[-4000] ^= 1  # in the padding
-    bad = tmp_path / "bad.tar.gz"
-    bad.write_bytes(packed)
-    with pytest.raises(UserError, match=r"bad\.tar\.gz"):
-        load(bad)
-
-
-def test_sources_that_are_not_there(tmp_path):
-    with pytest.raises(UserError, match="neither auto"):
-        load(tmp_path / "missing")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="no images in train"):
-        load(tmp_path / "empty")
-    (tmp_path / "note.txt").write_text("hello")
-    with pytest.raises(UserError, match="no whole"):
-        load(tmp_path / "note.txt")
 
 
 # CIFAR-10

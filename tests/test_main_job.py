@@ -1,13 +1,11 @@
 """The main job from outside: flags in, a run folder, lines and an exit status out."""
 
 import json
-import shutil
 import signal
 
 import numpy as np
 import pytest
 import torch
-from test_data import files, write_tar
 
 import checkpoint
 import flags
@@ -129,140 +127,6 @@ def test_same_seed_same_run_and_another_seed_another(finished, tmp_path, no_pict
         assert train.main([*SMALL, *out]) == 0
     assert timeless(tmp_path / "0") == timeless(finished[0])
     assert timeless(tmp_path / "1") != timeless(tmp_path / "0")
-
-
-@pytest.mark.parametrize(
-    ("number", "status", "word"),
-    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
-)
-def test_ended_and_resumed_is_as_if_nothing_had_been(
-    finished, tmp_path, monkeypatch, capsys, no_pictures, number, status, word
-):
-    folder = tmp_path / "run"
-    write = train.report.write_history
-
-    def end(*args):
-        write(*args)
-        signal.raise_signal(number)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train.report, "write_history", end)
-        assert train.main([*SMALL, "--out", str(folder)]) == status
-    assert capsys.readouterr().err.splitlines()[-1].startswith(f"{word}: --resume {folder}")
-    before = lines(folder)
-    assert len(before) == 1
-    assert not list(folder.glob("*.tmp"))
-    assert train.main(["--resume", str(folder)]) == 0
-    assert lines(folder)[:1] == before  # its seconds too: it was not trained again
-    assert timeless(folder) == timeless(finished[0])
-    nets = [checkpoint.load(path / "model.pt")["state_dict"] for path in (folder, finished[0])]
-    assert all(torch.equal(value, nets[1][name]) for name, value in nets[0].items())
-    summary = json.loads((folder / "summary.json").read_text())
-    assert summary["final_accuracy"] == lines(finished[0])[-1]["test_accuracy"]
-
-
-def test_a_resumed_run_keeps_its_flags(finished, capsys):
-    folder, _ = finished
-    for option, value, had in (
-        ("--lr", "0.2", "0.1"),
-        ("--target", "0.9", "0.01"),
-        ("--out", "elsewhere", folder),
-    ):
-        assert train.main(["--resume", str(folder), option, value]) == 2
-        error = f"error: {option} {value}: the run in {folder} has {had}\n"
-        assert capsys.readouterr().err == error
-
-
-def test_a_run_from_before_a_flag(finished, tmp_path, capsys):
-    config = json.loads((finished[0] / "config.json").read_text())
-    del config["flags"]["sam"]
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert train.main(["--resume", str(tmp_path)]) == 2
-    assert "config.json has no --sam: a run of an older atrous" in capsys.readouterr().err
-
-
-def test_a_recipe_is_recorded_and_resumed(tmp_path, capsys, no_pictures):
-    folder = tmp_path / "run"
-    arguments = [*SMALL, "--net", "net136k", "--recipe", "net136k", "--epochs", "1"]
-    assert train.main([*arguments, "--out", str(folder)]) == 0
-    assert "not published: batch size 40" in capsys.readouterr().out
-    config = json.loads((folder / "config.json").read_text())
-    assert (config["recipe"], config["flags"]["recipe"]) == ("net136k", "net136k")
-    assert config["flags"]["dropout"] == 0.1
-    before = lines(folder)
-    assert train.main(["--resume", str(folder)]) == 0
-    assert lines(folder) == before
-    assert train.main(["--resume", str(folder), "--dropout", "0"]) == 2
-    assert "--dropout 0.0: the run in" in capsys.readouterr().err
-
-
-def test_a_resumed_run_keeps_its_data(finished, tmp_path, capsys):
-    path = write_tar(tmp_path / "pets.tar", files(train=120))
-    assert train.main(["--resume", str(finished[0]), "--data", str(path)]) == 2
-    assert "120 images of synthetic, not 120 images of pets" in capsys.readouterr().err
-    assert train.main(["--resume", str(finished[0]), "--data-dir", str(tmp_path)]) == 0
-    config = json.loads((finished[0] / "config.json").read_text())
-    assert config["flags"]["data_dir"] == str(tmp_path)  # where export.py, say, is to look for it
-    config["flags"]["train_images"] = 110  # as if a folder had lost some
-    other = shutil.copytree(finished[0], tmp_path / "run")
-    (other / "config.json").write_text(json.dumps(config))
-    assert train.main(["--resume", str(other)]) == 2
-    assert "120 images of synthetic, not 110 images" in capsys.readouterr().err
-
-
-def test_a_run_that_has_ended_stays_as_it_is(finished, capsys):
-    folder, _ = finished
-    before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
-    assert train.main(["--resume", str(folder)]) == 0
-    assert "has all its 2 epochs" in capsys.readouterr().out
-    after = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
-    changed = {name for name in after if after[name] != before.get(name)}
-    assert changed <= {"metrics.jsonl", "config.json"}
-
-
-def test_repeats(tmp_path, capsys, no_pictures):
-    folder = tmp_path / "runs"
-    arguments = [*SMALL, "--epochs", "1", "--repeat", "2", "--seed", "3", "--out", str(folder)]
-    assert train.main(arguments) == 0
-    files = {"s3", "s4", "config.json", "summary.json"}
-    assert {path.name for path in folder.iterdir()} == files
-    summary = json.loads((folder / "summary.json").read_text())
-    each = [json.loads((folder / s / "summary.json").read_text()) for s in ("s3", "s4")]
-    values = [one["final_accuracy"] for one in each]
-    assert summary["final_accuracy"]["values"] == values
-    assert summary["final_accuracy"]["mean"] == pytest.approx(np.mean(values))
-    assert summary["final_accuracy"]["sd"] == pytest.approx(np.std(values, ddof=1))
-    assert [one["seed"] for one in each] == [3, 4]
-    assert "2 seeds" in capsys.readouterr().out
-    assert train.main([*arguments, "--seed", "9"]) == 2
-    assert train.main([*SMALL, "--out", str(folder)]) == 2
-    errors = capsys.readouterr().err.splitlines()
-    assert sum(f"--resume {folder} goes on with it" in line for line in errors) == 2
-    assert not (folder / "s9").exists()
-
-
-def test_seeds_that_were_interrupted(tmp_path, monkeypatch, no_pictures):
-    whole, folder = tmp_path / "whole", tmp_path / "interrupted"
-    arguments = [*SMALL, "--net", "net136k", "--epochs", "1", "--repeat", "3", "--out"]
-    assert train.main([*arguments, str(whole)]) == 0
-    run_epoch, begun = train.run_epoch, []
-
-    def interrupted(*given):
-        begun.append(1)
-        if len(begun) == 2:
-            raise KeyboardInterrupt
-        run_epoch(*given)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "run_epoch", interrupted)
-        assert train.main([*arguments, str(folder)]) == 130
-    assert train.main([*arguments, str(folder)]) == 2
-    before = (folder / "s0/metrics.jsonl").read_text()
-    assert train.main(["--resume", str(folder)]) == 0
-    assert (folder / "s0/metrics.jsonl").read_text() == before
-    both = [json.loads((each / "summary.json").read_text()) for each in (whole, folder)]
-    assert both[0]["final_accuracy"] == both[1]["final_accuracy"]
-    assert both[1]["seeds"] == [0, 1, 2]
 
 
 def test_a_class_that_no_test_image_has(tmp_path, no_pictures):

@@ -1,0 +1,148 @@
+"""The epochs of a run: batches, steps, figures, a checkpoint behind each."""
+
+import math
+import statistics
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import checkpoint
+import data
+import ranks
+import report
+import step
+from augment import Policy
+from common import Terminated, UserError, noting_sigterm
+from flags import policy_of
+from optimise import Training
+
+
+def training_batches(dataset: data.Dataset, args: Namespace) -> Iterator[tuple[Tensor, Tensor]]:
+    """One shuffled epoch: images uint8 (B, 3, 32, 32), augmented already where that is done on the
+    host, and labels (B,); of each batch, this process's share."""
+    device = dataset.train_images.device
+    batches = data.epoch_batches(len(dataset.train_images), args.batch_size, device)
+    batches = [ranks.share(index) for index in batches]
+    ranks.own_streams()
+    if args.augment == "albumentations":
+        import reference
+
+        loader = reference.loader(
+            dataset.train_images,
+            dataset.train_labels,
+            [index.tolist() for index in batches],
+            policy_of(args),
+            dataset.mean,
+            args.workers,
+            pin_memory=device.type == "cuda",
+        )
+        for images, labels in loader:
+            yield images.to(device, non_blocking=True), labels.to(device)
+        return
+    for index in batches:  # index_select: on a CPU ten times as fast as images[index]
+        yield dataset.train_images.index_select(0, index), dataset.train_labels[index]
+
+
+def train_epoch(
+    training: Training, take_step: step.Step, dataset: data.Dataset, args: Namespace, bar: tqdm
+) -> dict[str, float]:
+    """One epoch of optimiser steps; its learning rate, loss, accuracy, seconds and images/s."""
+    training.net.train()
+    start = time.perf_counter()
+    rates, figures = [], []
+    for images, labels in training_batches(dataset, args):
+        rates.append(training.scheduler.get_last_lr()[0])
+        figures.append(take_step(images, labels))
+        training.scheduler.step()
+        bar.update()
+    figures = ranks.total(torch.stack(figures)).cpu()  # the epoch's first wait for the device
+    seconds = time.perf_counter() - start
+    losses, right, skipped = figures.unbind(1)
+    losses = (losses / ranks.count()).tolist()
+    for index, loss in enumerate(losses):
+        if not math.isfinite(loss):
+            number = len(training.history) * len(losses) + index + 1
+            raise UserError(
+                f"the loss is {loss} at step {number}, learning rate {rates[index]:.4g}: "
+                "try a lower --lr or --precision fp32"
+            )
+    count = len(losses) * args.batch_size
+    return {
+        "lr": float(rates[-1]),
+        "train_loss": statistics.fmean(losses),
+        "train_accuracy": right.sum().item() / count,
+        "seconds": seconds,
+        "images_per_second": count / seconds,
+        "skipped_steps": int(skipped.sum().item()) // ranks.count(),
+    }
+
+
+def run_epoch(
+    training: Training, take_step: step.Step, dataset: data.Dataset, args: Namespace, bar: tqdm
+) -> None:
+    """Train and evaluate one epoch, seeded by run and epoch so that a resumed run needs no state of
+    a generator, and add its line to the history."""
+    start = time.perf_counter()
+    epoch = len(training.history) + 1
+    torch.manual_seed(args.seed * 1_000_003 + epoch)
+    line = train_epoch(training, take_step, dataset, args, bar)
+    ranks.share_statistics(training.net)
+    logits = step.predict_logits(training.net, dataset, args.precision)
+    line["test_loss"] = F.cross_entropy(logits, dataset.test_labels).item()
+    line["test_accuracy"] = report.accuracy(logits, dataset.test_labels)
+    line["epoch"] = epoch
+    training.elapsed += time.perf_counter() - start
+    training.history.append({key: line[key] for key in METRICS})
+    if args.target and line["test_accuracy"] >= args.target and training.reached is None:
+        training.reached = {"epoch": epoch, "seconds": training.elapsed}
+
+
+def run_epochs(
+    training: Training,
+    dataset: data.Dataset,
+    policy: Policy | None,
+    args: Namespace,
+    folder: Path,
+) -> None:
+    """Those that are left, each with its checkpoint, its metrics and its printed line. Raises
+    Terminated after the epoch in which SIGTERM came to one of the processes."""
+    steps = len(dataset.train_images) // args.batch_size
+    done = {"total": args.epochs * steps, "initial": len(training.history) * steps}
+    quiet = True if ranks.rank() else None  # None: only where stderr is no terminal
+    with (
+        tqdm(**done, unit="step", leave=False, disable=quiet) as bar,
+        noting_sigterm() as asked_to_end,
+    ):
+        take_step, radius = None, None
+        while len(training.history) < args.epochs:
+            wanted = sam_radius(args, len(training.history) + 1)
+            if radius != wanted:
+                radius, begun = wanted, time.perf_counter()
+                take_step = step.make_step(training, dataset, policy, args, radius)
+                training.elapsed += time.perf_counter() - begun
+            run_epoch(training, take_step, dataset, args, bar)
+            if ranks.rank() == 0:
+                state = {"data": dataset.trained_on, **training.state()}
+                checkpoint.save(folder / "last.pt", state)
+                report.write_history(folder, training.history)
+                tqdm.write(report.format_line(training.history[-1]))
+                sys.stdout.flush()
+            if ranks.any_says(asked_to_end.is_set(), dataset.train_images.device):
+                raise Terminated(f"--resume {folder} goes on after the last line")
+
+
+def sam_radius(args: Namespace, epoch: int) -> float:
+    """That of sharpness-aware steps: late in a run they do what they do throughout (Zhou et al.
+    2024, arxiv.org/abs/2410.10373), at a quarter of the cost."""
+    return args.sam if epoch > args.epochs - args.epochs // 4 else 0.0
+
+
+METRICS = ("epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
+METRICS += ("seconds", "images_per_second", "skipped_steps")
