@@ -65,7 +65,6 @@ BAD = {
     ),
     "not ours": lambda path: torch.save({"weights": torch.zeros(3)}, path),
     "no dict": lambda path: torch.save(torch.zeros(3), path),
-    "newer": lambda path: torch.save({"format": checkpoint.FORMAT + 1}, path),
     "another net": lambda path: model_file(path, net="resnet"),
     "other classes": lambda path: model_file(path, num_classes=5),
     "no weights": lambda path: model_file(path, state_dict=None),
@@ -79,3 +78,12 @@ def test_bad_files_are_one_line(tmp_path, spoil):
     with pytest.raises(UserError) as error:
         checkpoint.load_net(path)
     assert "\n" not in str(error.value)
+
+
+def test_a_newer_format_is_said_to_be_newer(tmp_path, monkeypatch):
+    path = tmp_path / "model.pt"
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
+        model_file(path)
+    with pytest.raises(UserError, match="newer than this atrous"):
+        checkpoint.load_net(path)

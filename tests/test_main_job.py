@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import checkpoint
+import data
 import flags
 import step
 import train
@@ -127,6 +128,21 @@ def test_same_seed_same_run_and_another_seed_another(finished, tmp_path, no_pict
         assert train.main([*SMALL, *out]) == 0
     assert timeless(tmp_path / "0") == timeless(finished[0])
     assert timeless(tmp_path / "1") != timeless(tmp_path / "0")
+
+
+def test_every_epoch_has_an_order_of_its_own(tmp_path, no_pictures, monkeypatch):
+    orders, epoch_batches = [], data.epoch_batches
+
+    def noting(*args):
+        batches = epoch_batches(*args)
+        orders.append(torch.cat(batches).tolist())
+        return batches
+
+    monkeypatch.setattr(data, "epoch_batches", noting)
+    assert train.main([*SMALL, "--out", str(tmp_path / "run")]) == 0
+    first, second = orders[:2]
+    assert sorted(first) == sorted(second) == list(range(120))
+    assert first != second
 
 
 def test_a_class_that_no_test_image_has(tmp_path, no_pictures):

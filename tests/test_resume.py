@@ -43,6 +43,7 @@ def test_ended_and_resumed_is_as_if_nothing_had_been(
     assert all(torch.equal(value, nets[1][name]) for name, value in nets[0].items())
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["final_accuracy"] == lines(finished[0])[-1]["test_accuracy"]
+    assert summary["total_seconds"] >= summary["training_seconds"]  # of both parts
 
 
 def test_a_resumed_run_keeps_its_flags(finished, capsys):
