@@ -1,4 +1,6 @@
 import json
+from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -25,12 +27,28 @@ def test_a_net_comes_back_as_it_was(tmp_path):
 
 
 def test_a_failed_write_leaves_the_file_that_was_there(tmp_path):
+    def half_written(path):
+        with written_whole(path) as file:
+            file.write(b"half")
+            file.flush()
+            raise ZeroDivisionError
+
     path = tmp_path / "last.pt"
     checkpoint.save(path, {"epoch": 1})
-    with pytest.raises(ZeroDivisionError), written_whole(path) as file:
-        file.write(b"half" * (1 // 0))
+    with pytest.raises(ZeroDivisionError):
+        half_written(path)
     assert checkpoint.load(path)["epoch"] == 1
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_previous_file_stays_until_the_new_one_takes_its_name(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    checkpoint.save(path, {"epoch": 1})
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", Mock(side_effect=PermissionError))
+        with pytest.raises(PermissionError):
+            checkpoint.save(path, {"epoch": 2})
+    assert checkpoint.load(path)["epoch"] == 1
 
 
 class Harmful:
