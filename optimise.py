@@ -96,28 +96,28 @@ class Muon(torch.optim.SGD):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
-            if "muon_momentum" in group:
-                self._make_orthogonal(group["params"], group["muon_momentum"])
+            kernels = [kernel for kernel in group["params"] if kernel.grad is not None]
+            if kernels and "muon_momentum" in group:
+                self._make_orthogonal(kernels, group["muon_momentum"])
         super().step(closure)
 
     def _make_orthogonal(self, kernels: list[Tensor], momentum: float) -> None:
-        alike = defaultdict(list)
+        gradients = [kernel.grad for kernel in kernels]
         for kernel in kernels:
-            if kernel.grad is not None:
-                alike[kernel.shape].append(kernel)
-        for group in alike.values():
-            matrices = torch.stack([self._nesterov(k, momentum) for k in group]).flatten(2)
+            if "momentum_buffer" not in self.state[kernel]:
+                self.state[kernel]["momentum_buffer"] = torch.zeros_like(kernel)
+        buffers = [self.state[kernel]["momentum_buffer"] for kernel in kernels]
+        torch._foreach_mul_(buffers, momentum)
+        torch._foreach_add_(buffers, gradients)
+        torch._foreach_add_(gradients, buffers, alpha=momentum)
+        alike = defaultdict(list)
+        for gradient in gradients:
+            alike[gradient.shape].append(gradient)
+        for shape, group in alike.items():
+            matrices = torch.stack(group).flatten(2)
             _, rows, columns = matrices.shape
             matrices = orthogonal(matrices) * max(1, rows / columns) ** 0.5
-            for kernel, matrix in zip(group, matrices, strict=True):
-                kernel.grad.copy_(matrix.view(kernel.shape))
-
-    def _nesterov(self, kernel: Tensor, momentum: float) -> Tensor:
-        state = self.state[kernel]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(kernel)
-        buffer = state["momentum_buffer"].mul_(momentum).add_(kernel.grad)
-        return kernel.grad.add(buffer, alpha=momentum)
+            torch._foreach_copy_(group, matrices.view(-1, *shape).unbind())
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
