@@ -120,6 +120,13 @@ class Trace:
         return sum(layer.multiply_adds for layer in self.layers)
 
 
+class Tracer(fx.Tracer):
+    """Looks into no pointwise layer, be it a subclass from outside PyTorch."""
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, POINTWISE) or super().is_leaf_module(m, module_qualified_name)
+
+
 def trace(module: nn.Module, input_shape: tuple[int, int, int] = (3, 32, 32)) -> Trace:
     """Layers and receptive field of `module` for images of `input_shape`.
 
@@ -131,7 +138,7 @@ def trace(module: nn.Module, input_shape: tuple[int, int, int] = (3, 32, 32)) ->
     if not list(module.children()):
         module = nn.Sequential(module)  # tracing looks into the root, even into a lone Conv2d
     try:
-        graph = fx.symbolic_trace(module)
+        graph = fx.GraphModule(module, Tracer().trace(module))
         with torch.no_grad(), redirect_stderr(io.StringIO()):  # where it prints a traceback
             ShapeProp(graph).propagate(torch.zeros(1, *input_shape))
     except Exception as error:  # any code of the user's can fail
@@ -330,7 +337,7 @@ def _argument(node: fx.Node, position: int, name: str) -> Any:
 
 def _name(target: Any) -> str:
     if isinstance(target, nn.Module):
-        return type(target).__name__
+        return type(target).__name__.removeprefix("Parametrized")
     return (target if isinstance(target, str) else target.__name__).rstrip("_")
 
 

@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 import zoo
 from common import UserError
+from mirror import MirrorNorm, MirrorPool, mirrored
 
 NETS = ("atrous", *zoo.TABLES)
 
@@ -21,11 +22,13 @@ def build(name: str, num_classes: int, dropout: float = 0.0) -> nn.Module:
 
 
 def conv(inputs: int, outputs: int, kernel: int = 3, **options: int) -> nn.Sequential:
-    """Convolution without bias, padded to keep the map's size but for the stride, and BatchNorm."""
-    padding = options.get("dilation", 1) * (kernel // 2)
+    """Convolution without bias, padded by as much on each side to keep the map's size but for the
+    stride, and BatchNorm. A stride of 2 wants an even kernel: an odd one's centres, on every other
+    pixel, are not their own mirror image."""
+    padding = (options.get("dilation", 1) * (kernel - 1) + 2 - options.get("stride", 1)) // 2
     return nn.Sequential(
-        nn.Conv2d(inputs, outputs, kernel, padding=padding, bias=False, **options),
-        nn.BatchNorm2d(outputs),
+        mirrored(nn.Conv2d(inputs, outputs, kernel, padding=padding, bias=False, **options)),
+        MirrorNorm(outputs // 2),
     )
 
 
@@ -49,32 +52,26 @@ class Residual(nn.Module):
         return self.relu(x + self.branch(x))
 
 
-class GlobalAveragePool(nn.Module):
-    """The mean (N, C) of each map. AdaptiveAvgPool2d is the same, but for its backward on a GPU,
-    which is not deterministic."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mean((2, 3))
-
-
 def atrous(num_classes: int, dropout: float = 0.0) -> nn.Sequential:
     """Residual blocks (He et al. 2016): a dense 3×3 one where the map is large and channels are
-    few, separable ones behind. No stride is dilated: with stride 2 and dilation 2 every tap falls
-    on even rows and columns, and three quarters of the map are computed for nothing.
+    few, separable ones behind. Mirrored images have the same logits (mirror.py). No stride is
+    dilated: with stride 2 and dilation 2 every tap falls on rows and columns of one parity, and
+    three quarters of the map are computed for nothing.
     """
     return nn.Sequential(
         conv(3, 32),  # 32×32
         nn.ReLU(),
         Residual(nn.Sequential(conv(32, 32), nn.ReLU(), conv(32, 32))),
-        conv(32, 96, stride=2),  # 16×16
+        conv(32, 96, 2, stride=2),  # 16×16
         nn.ReLU(),
         Residual(nn.Sequential(separable(96, 96), nn.ReLU(), separable(96, 96))),
         Residual(nn.Sequential(separable(96, 96), nn.ReLU(), separable(96, 96, dilation=2))),
-        separable(96, 144, stride=2),  # 8×8
+        separable(96, 208, 4, stride=2),  # 8×8
         nn.ReLU(),
-        Residual(nn.Sequential(separable(144, 144, 5), nn.ReLU(), separable(144, 144))),
-        Residual(nn.Sequential(separable(144, 144), nn.ReLU(), separable(144, 144))),
-        GlobalAveragePool(),
+        Residual(nn.Sequential(separable(208, 208, 5), nn.ReLU(), separable(208, 208))),
+        Residual(nn.Sequential(separable(208, 208), nn.ReLU(), separable(208, 208))),
+        Residual(nn.Sequential(separable(208, 208), nn.ReLU(), separable(208, 208))),
+        MirrorPool(),
         nn.Dropout(dropout),
-        nn.Linear(144, num_classes),
+        nn.Linear(104, num_classes),
     )

@@ -67,7 +67,8 @@ def make_training(net: nn.Module, args: Namespace, device: torch.device, steps: 
 def parameter_groups(net: nn.Module, args: Namespace) -> list[dict[str, Any]]:
     """Weights, what has one dimension and never decays, and, if Muon is to follow them, the kernels
     that mix channels."""
-    mixing = [m.weight for m in net.modules() if isinstance(m, nn.Conv2d) and m.groups == 1]
+    dense = [m for m in net.modules() if isinstance(m, nn.Conv2d) and m.groups == 1]
+    mixing = [p for convolution in dense for p in convolution.parameters() if p.ndim >= 2]
     kernels = mixing if args.optimizer == "muon" else []
     known = {id(kernel) for kernel in kernels}
     weights = [p for p in net.parameters() if p.ndim >= 2 and id(p) not in known]

@@ -1,0 +1,65 @@
+"""Layers to which an image and its mirror image are the same (Cohen and Welling 2016, "Group
+Equivariant Convolutional Networks", arxiv.org/abs/1602.07576, for the smallest group of all).
+
+Channels come in two halves. Mirroring the image mirrors every map and swaps the halves: a kernel
+serves twice, once as its own mirror image. Layers have half the parameters of plain ones as wide,
+and the same arithmetic. The mean of both halves is the same for an image and its mirror image.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+
+class Paired(nn.Module):
+    """Kernels (C/2, 1 or 3, k, k) of a depthwise convolution, or of one of an image, and for the
+    other half of its outputs their mirror images: (C, 1 or 3, k, k)."""
+
+    def forward(self, kernels: Tensor) -> Tensor:
+        return torch.cat([kernels, kernels.flip(3)])
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        return weight[: len(weight) // 2]
+
+
+class Mixed(nn.Module):
+    """Kernels (C/2, D/2, k, k) for what is alike in both halves and for what differs: the weight
+    (C, D, k, k) that mixes D channels, whose singular values and norm are those of the two, as
+    matrices with a row for each output. So the optimiser works as on a plain convolution's weight.
+    """
+
+    def forward(self, alike: Tensor, differing: Tensor) -> Tensor:
+        own, other = (alike + differing) / 2, (alike - differing) / 2
+        half = torch.cat([own, other.flip(3)], 1)
+        return torch.cat([half, torch.cat([other, own.flip(3)], 1)])
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        own, other = weight[: len(weight) // 2].chunk(2, 1)
+        return own + other.flip(3), own - other.flip(3)
+
+
+def mirrored(convolution: nn.Conv2d) -> nn.Conv2d:
+    """The convolution, with a weight of kernels that serve both halves."""
+    mixes = convolution.groups == 1 and convolution.in_channels != 3
+    return parametrize.register_parametrization(
+        convolution, "weight", Mixed() if mixes else Paired()
+    )
+
+
+class MirrorNorm(nn.BatchNorm2d):
+    """BatchNorm of maps (N, 2 × num_features, H, W), whose halves share scale, shift and statistics
+    as if they were one map of twice the width."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, channels, height, width = x.shape
+        x = x.permute(0, 2, 3, 1)  # in the order of channels-last, where none of this copies
+        x = super().forward(x.reshape(n, height, 2 * width, channels // 2).permute(0, 3, 1, 2))
+        return x.permute(0, 2, 3, 1).reshape(n, height, width, channels).permute(0, 3, 1, 2)
+
+
+class MirrorPool(nn.Module):
+    """The mean (N, C) over maps (N, 2C, H, W) and their halves. AdaptiveAvgPool2d's backward is not
+    deterministic on a GPU; this one's is."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3)).unflatten(1, (2, -1)).mean(1)
