@@ -7,6 +7,7 @@ and the same arithmetic. The mean of both halves is the same for an image and it
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -19,7 +20,7 @@ class Paired(nn.Module):
         return torch.cat([kernels, kernels.flip(3)])
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        return weight[: len(weight) // 2]
+        return weight[: len(weight) // 2].clone()  # or a file would hold all of the weight
 
 
 class Mixed(nn.Module):
@@ -29,9 +30,9 @@ class Mixed(nn.Module):
     """
 
     def forward(self, alike: Tensor, differing: Tensor) -> Tensor:
-        own, other = (alike + differing) / 2, (alike - differing) / 2
-        half = torch.cat([own, other.flip(3)], 1)
-        return torch.cat([half, torch.cat([other, own.flip(3)], 1)])
+        own = alike.lerp(differing, 0.5)
+        half = torch.stack([own, own - differing])  # the weights of the inputs' first half
+        return torch.stack([half, half.flip(0, 4)], 2).flatten(2, 3).flatten(0, 1)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         own, other = weight[: len(weight) // 2].chunk(2, 1)
@@ -51,6 +52,9 @@ class MirrorNorm(nn.BatchNorm2d):
     as if they were one map of twice the width."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.training:  # plainly, as other programs fold it into the convolution
+            halves = (self.running_mean, self.running_var, self.weight, self.bias)
+            return F.batch_norm(x, *(each.repeat(2) for each in halves), eps=self.eps)
         n, channels, height, width = x.shape
         x = x.permute(0, 2, 3, 1)  # in the order of channels-last, where none of this copies
         x = super().forward(x.reshape(n, height, 2 * width, channels // 2).permute(0, 3, 1, 2))
