@@ -45,7 +45,7 @@ def taken(precision):
     torch.manual_seed(0)
     dataset = data.load("synthetic", None, CPU, train_images=64)
     net = build("net136k", 10).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9, nesterov=True)
+    optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9, nesterov=True)
     scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16")
     inputs = data.normalize(dataset.train_images, dataset.mean, dataset.std)
     labels = dataset.train_labels
