@@ -121,9 +121,8 @@ class Trace:
 
 
 class Tracer(fx.Tracer):
-    """Looks into no pointwise layer, be it a subclass from outside PyTorch."""
-
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        # A pointwise layer is one, be it a subclass that is not PyTorch's.
         return isinstance(m, POINTWISE) or super().is_leaf_module(m, module_qualified_name)
 
 
@@ -164,8 +163,7 @@ def trace(module: nn.Module, input_shape: tuple[int, int, int] = (3, 32, 32)) ->
                 layers.append(_layer(node, target, fields[node]))
     if last is None:
         raise UserError("receptive field: the net's output does not depend on its input's pixels")
-    size = _size(fields[last], _shape(last))
-    return Trace(layers, size, fields[last], *_cut(graph, last.name))
+    return Trace(layers, _size(fields[last], _shape(last)), fields[last], *_cut(graph, last.name))
 
 
 def _cut(graph: fx.GraphModule, name: str) -> tuple[fx.GraphModule, fx.GraphModule]:
