@@ -126,6 +126,7 @@ def test_own_recipes_and_going_on(arguments, tmp_path, capsys):
         assert option in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_all_but_one_ingredient(arguments, tmp_path, capsys):
     assert bench.main(["ingredients", *arguments[1:]]) == 0
     rows = result(tmp_path, "ingredients")["ingredients"]
