@@ -10,14 +10,19 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 import checkpoint
 import data
 from common import SIZE, Parser, UserError, exit_status, require, written_whole
+
+if TYPE_CHECKING:
+    from onnx import ModelProto
 
 CHECKED = 1000  # images or so that PyTorch and onnxruntime are compared on, and that calibrate int8
 TOLERANCE = 1e-4  # of a probability
@@ -39,6 +44,8 @@ class Classifier(nn.Module):
 def to_onnx(classifier: Classifier, metadata: dict[str, str]) -> bytes:
     import onnx
 
+    for layer in filter(parametrize.is_parametrized, classifier.modules()):
+        parametrize.remove_parametrizations(layer, "weight")
     images = torch.zeros(2, 3, SIZE, SIZE, dtype=torch.uint8)
     program = torch.onnx.export(
         classifier,
@@ -50,14 +57,59 @@ def to_onnx(classifier: Classifier, metadata: dict[str, str]) -> bytes:
         verbose=False,
     )
     model = program.model_proto
+    for node in model.graph.node:
+        del node.metadata_props[:]  # stack traces, with the paths of this machine
     onnx.helper.set_model_props(model, metadata)
-    onnx.checker.check_model(model, full_check=True)
+    return halved(model)
+
+
+def halved(model: "ModelProto") -> bytes:
+    """The model with one half of each weight that mirror.py made, and the few operations that make
+    the other half of it, which onnxruntime runs once, as it loads the file."""
+    from onnx import checker, helper
+    from onnx.numpy_helper import from_array, to_array
+
+    graph, nodes, tensors = model.graph, [], []
+    backwards = {"last": -1, "first": np.iinfo(np.int64).min, "width": 3, "step": -1}
+    for tensor in graph.initializer:
+        weight, name = to_array(tensor), tensor.name
+        shift = mirroring(weight)
+        if shift is None:
+            tensors.append(tensor)
+            continue
+        half, other = f"{name}_half", f"{name}_mirrored"
+        tensors.append(from_array(weight[: len(weight) // 2], half))
+        nodes.append(helper.make_node("Slice", [half, *backwards], [other]))
+        if shift:
+            parts = [f"{name}_alike", f"{name}_swapped"]
+            nodes.append(helper.make_node("Split", [other], parts, axis=1, num_outputs=2))
+            other = f"{name}_other"
+            nodes.append(helper.make_node("Concat", parts[::-1], [other], axis=1))
+        nodes.append(helper.make_node("Concat", [half, other], [name], axis=0))
+    tensors += [from_array(np.array([n]), name) for name, n in backwards.items() if nodes]
+    for field, content in ((graph.node, [*nodes, *graph.node]), (graph.initializer, tensors)):
+        del field[:]
+        field.extend(content)
+    del graph.value_info[:]  # shapes, which a reader infers
+    checker.check_model(model, full_check=True)
     return model.SerializeToString()
+
+
+def mirroring(weight: np.ndarray) -> int | None:
+    """By how many inputs the mirror image of the first half of a convolution's weight (C, D, k, k)
+    is rolled to be the second: 0 or D / 2, or None if the weight is not made so."""
+    if weight.ndim == 4:
+        half, other = np.array_split(weight, 2)
+        for shift in (0, weight.shape[1] // 2):
+            if np.array_equal(other, np.roll(half[..., ::-1], shift, axis=1)):
+                return shift
+    return None
 
 
 def to_int8(model: bytes, images: np.ndarray) -> bytes:
     """Weights and activations of `model` as int8, by onnxruntime's static quantisation, calibrated
     on `images` uint8 (N, 3, 32, 32)."""
+    import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
@@ -82,7 +134,21 @@ def to_int8(model: bytes, images: np.ndarray) -> bytes:
             weight_type=QuantType.QInt8,
             op_types_to_quantize=["Conv", "Gemm", "MatMul", "Add"],
         )
-        return quantised.read_bytes()
+        return halved(without_zeros(onnx.load(quantised)))
+
+
+def without_zeros(model: "ModelProto") -> "ModelProto":
+    """Zero points of 0, the default, of weights and biases, one a channel, are left out."""
+    from onnx.numpy_helper import to_array
+
+    tensors = model.graph.initializer
+    channels = {tensor.name: tensor for tensor in tensors if len(tensor.dims) == 1}
+    for node in model.graph.node:
+        point = channels.get(node.input[-1]) if node.op_type == "DequantizeLinear" else None
+        if point and not to_array(point).any():
+            node.input.pop()
+            tensors.remove(point)
+    return model
 
 
 def session(model: bytes, threads: int = 0) -> Callable[[np.ndarray], np.ndarray]:
