@@ -140,8 +140,17 @@ def keep_depthwise_in_float32(net: nn.Module) -> None:
     256, torch 2.15, AMX: 54 ms against 1.3), while dense ones take a quarter of it."""
 
     def in_float32(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return forward(x.float())
+        wide = x.float()
+        address = wide.data_ptr()
+
+        def narrow(saved: Tensor) -> Tensor:  # x, which is kept anyway, where backward needs `wide`
+            return x if saved.data_ptr() == address else saved
+
+        with (
+            torch.autocast(x.device.type, enabled=False),
+            torch.autograd.graph.saved_tensors_hooks(narrow, Tensor.float),
+        ):
+            return forward(wide)
 
     for module in net.modules():
         if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:

@@ -59,9 +59,9 @@ def train_step(
     """
 
     def compute_gradients(count: int) -> tuple[Tensor, Tensor]:
+        optimizer.zero_grad(set_to_none=True)  # first: old gradients would keep memory in pieces
         logits = forward(net, inputs[:count], precision)
         loss = F.cross_entropy(logits, labels[:count], label_smoothing=label_smoothing)
-        optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         return loss, logits
 
