@@ -93,6 +93,7 @@ def uphill(net: nn.Module, radius: float) -> Iterator[None]:
     length = nn.utils.get_total_norm(gradients).clamp(min=1e-12)
     with torch.no_grad():
         torch._foreach_add_(weights, torch._foreach_mul(gradients, radius / length))
+    del gradients  # lest they outlive the next zero_grad
     for norm in norms:
         norm.track_running_stats = False
     try:
