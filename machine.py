@@ -70,9 +70,9 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     if device.type == "cpu":
-        found = torch.cpu.get_capabilities()
+        found, threads = torch.cpu.get_capabilities(), torch.get_num_threads()
         vectors = torch.backends.cpu.get_cpu_capability() + " AMX" * found.get("amx_bf16", False)
-        return f"{found.get('cpu_name', 'CPU')}, {torch.get_num_threads()} threads, {vectors}"
+        return f"CPU: {found.get('cpu_name', 'unknown')}, {threads} threads, {vectors}"
     return device.type
 
 

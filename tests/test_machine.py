@@ -24,7 +24,7 @@ def test_a_cpu_is_named_by_what_its_speed_depends_on(monkeypatch):
     found = {"cpu_name": "Sample", "amx_bf16": True}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
     name = machine.device_name(torch.device("cpu"))
-    assert name.startswith(f"Sample, {torch.get_num_threads()} threads, ")
+    assert name.startswith(f"CPU: Sample, {torch.get_num_threads()} threads, ")
     assert name.endswith(" AMX")
     found["amx_bf16"] = False
     assert "AMX" not in machine.device_name(torch.device("cpu"))
