@@ -62,6 +62,7 @@ def test_depthwise_convolutions_stay_in_float32_on_a_cpu():
         training.parallel(images.bfloat16()).sum().backward()
     assert [output.dtype for output in outputs] == [torch.float32, torch.bfloat16, torch.bfloat16]
     torch.testing.assert_close(outputs[0], expected)
+    assert net[0].weight.grad.abs().sum() > 0
 
 
 def test_what_is_computed_in_float32_keeps_no_float32_for_backward():
