@@ -55,7 +55,7 @@ def keep_freed_memory() -> None:
 def choose_precision(name: str, device: torch.device, layers: list[graph.Layer]) -> str:
     """bf16 on a GPU that has it, else fp16. On a CPU that computes in it, where it speeds up dense
     convolutions and slows down depthwise ones: bf16 if at least half of the multiply-adds are
-    dense, else fp32. Elsewhere fp32: bf16 took a CPU without it seven times as long (AVX2)."""
+    dense, else fp32. Elsewhere fp32: bf16 took a CPU without it eight times as long (AVX2)."""
     if name != "auto":
         return name
     if device.type == "cuda":
