@@ -80,6 +80,7 @@ def run(args: Namespace, argv: list[str], dataset: data.Dataset, start: float) -
             print(f"{folder} has all its {args.epochs} epochs")
             return checkpoint.load_summary(folder)
         start -= training.elapsed
+        facts["command"] = checkpoint.load_config(folder).get("command", facts["command"])
     else:
         write_config(folder, {"flags": vars(args), **facts})
     report.announce(facts, dataset, folder)

@@ -44,6 +44,7 @@ def test_ended_and_resumed_is_as_if_nothing_had_been(
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["final_accuracy"] == lines(finished[0])[-1]["test_accuracy"]
     assert summary["total_seconds"] >= summary["training_seconds"]  # of both parts
+    assert summary["command"].endswith(f"--out {folder}")  # the one that repeats it
 
 
 def test_a_resumed_run_keeps_its_flags(finished, capsys):
