@@ -38,7 +38,7 @@ from machine import (
 from optimise import Training, make_training
 
 
-def run(args: Namespace, argv: list[str], dataset: data.Dataset, start: float) -> dict[str, Any]:
+def run(args: Namespace, command: str, dataset: data.Dataset, start: float) -> dict[str, Any]:
     """Train one net from its start or checkpoint to its results: the content of `summary.json`.
 
     `start` is the reading of `time.perf_counter` that total_seconds counts from.
@@ -70,7 +70,7 @@ def run(args: Namespace, argv: list[str], dataset: data.Dataset, start: float) -
         "precision": args.precision,
         "device": device_name(device),
         "processes": ranks.count(),
-        "command": shlex.join(["python", "train.py", *argv]),
+        "command": command,
         "versions": versions(),
     }
     folder = Path(args.resume or run_folder(args, dataset.name))
@@ -80,7 +80,6 @@ def run(args: Namespace, argv: list[str], dataset: data.Dataset, start: float) -
             print(f"{folder} has all its {args.epochs} epochs")
             return checkpoint.load_summary(folder)
         start -= training.elapsed
-        facts["command"] = checkpoint.load_config(folder).get("command", facts["command"])
     else:
         write_config(folder, {"flags": vars(args), **facts})
     report.announce(facts, dataset, folder)
@@ -189,15 +188,18 @@ def run_seeds(args: Namespace, argv: list[str], device: torch.device) -> None:
         print(f"data read in {time.perf_counter() - start:.1f} s", file=sys.stderr)
     if not args.resume:
         refuse_existing(run_folder(args, dataset.name), device)
+    command = shlex.join(["python", "train.py", *argv])
+    if args.resume:  # the one that began it, for whoever repeats it
+        command = checkpoint.load_config(Path(args.resume)).get("command", command)
     if args.repeat == 1:
-        run(args, argv, dataset, start)
+        run(args, command, dataset, start)
     else:
-        repeat(args, argv, dataset)
+        repeat(args, command, dataset)
     if args.data == "auto" and dataset.name == "synthetic":
         print("warning: CIFAR-10 was out of reach; all of the above is on synthetic images")
 
 
-def repeat(args: Namespace, argv: list[str], dataset: data.Dataset) -> None:
+def repeat(args: Namespace, command: str, dataset: data.Dataset) -> None:
     """A run for each seed, in folders of their own, and their mean. With --resume, those that are
     there already are gone on with."""
     base = Path(args.resume or run_folder(args, dataset.name))
@@ -205,7 +207,7 @@ def repeat(args: Namespace, argv: list[str], dataset: data.Dataset) -> None:
     if not args.resume:
         for folder in folders.values():
             refuse_existing(folder, dataset.train_images.device)
-        write_config(base, {"flags": vars(args), "data": dataset.name})
+        write_config(base, {"flags": vars(args), "data": dataset.name, "command": command})
     summaries = []
     for seed, folder in folders.items():
         own = {"seed": seed, "repeat": 1, "out": str(folder), "resume": None}
@@ -214,7 +216,7 @@ def repeat(args: Namespace, argv: list[str], dataset: data.Dataset) -> None:
             own |= {"resume": str(folder), "precision": precision}
         each = Namespace(**vars(args) | own)
         try:
-            summaries.append(run(each, argv, dataset, time.perf_counter()))
+            summaries.append(run(each, command, dataset, time.perf_counter()))
         except (KeyboardInterrupt, Terminated) as ended:
             raise type(ended)(f"--resume {base} goes on with this seed and the rest") from ended
     if ranks.rank() == 0:

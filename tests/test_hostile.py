@@ -87,7 +87,7 @@ class Hostile:
 def loaded(monkeypatch):
     """What main(argv) would train on; nothing is trained."""
     seen = []
-    monkeypatch.setattr(train, "run", lambda args, argv, dataset, start: seen.append(dataset))
+    monkeypatch.setattr(train, "run", lambda args, command, dataset, start: seen.append(dataset))
     return seen
 
 

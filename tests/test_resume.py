@@ -44,7 +44,7 @@ def test_ended_and_resumed_is_as_if_nothing_had_been(
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["final_accuracy"] == lines(finished[0])[-1]["test_accuracy"]
     assert summary["total_seconds"] >= summary["training_seconds"]  # of both parts
-    assert summary["command"].endswith(f"--out {folder}")  # the one that repeats it
+    assert summary["command"].endswith(f"--out {folder}")
 
 
 def test_a_resumed_run_keeps_its_flags(finished, capsys):
@@ -159,3 +159,6 @@ def test_seeds_that_were_interrupted(tmp_path, monkeypatch, capsys, no_pictures)
     both = [checkpoint.load_summary(each) for each in (whole, folder)]
     assert both[0]["final_accuracy"] == both[1]["final_accuracy"]
     assert both[1]["seeds"] == [0, 1, 2]
+    commands = {checkpoint.load_summary(folder / seed)["command"] for seed in ("s0", "s1", "s2")}
+    assert commands == {both[1]["command"]}
+    assert both[1]["command"].endswith(f"--out {folder}")
