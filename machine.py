@@ -72,7 +72,8 @@ def device_name(device: torch.device) -> str:
     if device.type == "cpu":
         found, threads = torch.cpu.get_capabilities(), torch.get_num_threads()
         vectors = torch.backends.cpu.get_cpu_capability() + " AMX" * found.get("amx_bf16", False)
-        return f"CPU: {found.get('cpu_name', 'unknown')}, {threads} threads, {vectors}"
+        plural = "s" * (threads > 1)
+        return f"CPU: {found.get('cpu_name', 'unknown')}, {threads} thread{plural}, {vectors}"
     return device.type
 
 

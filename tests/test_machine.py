@@ -26,8 +26,10 @@ def test_precision_on_a_cpu_follows_its_instructions_and_the_layers(monkeypatch)
 def test_a_cpu_is_named_by_what_its_speed_depends_on(monkeypatch):
     found = {"cpu_name": "Sample", "amx_bf16": True}
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
-    name = machine.device_name(torch.device("cpu"))
-    assert name.startswith(f"CPU: Sample, {torch.get_num_threads()} threads, ")
+    for count, wanted in (1, "1 thread"), (2, "2 threads"):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=count: count)
+        name = machine.device_name(torch.device("cpu"))
+        assert name.startswith(f"CPU: Sample, {wanted}, ")
     assert name.endswith(" AMX")
     found["amx_bf16"] = False
     assert "AMX" not in machine.device_name(torch.device("cpu"))
