@@ -50,7 +50,7 @@ def make_training(net: nn.Module, args: Namespace, device: torch.device, steps: 
     """`steps` is the number of optimiser steps in an epoch."""
     net.to(device, memory_format=torch.channels_last)
     if device.type == "cpu":
-        keep_depthwise_in_float32(net)
+        keep_in_float32(net)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     optimizer = Muon(
         parameter_groups(net, args),
@@ -134,10 +134,12 @@ def orthogonal(matrices: Tensor) -> Tensor:
     return x
 
 
-def keep_depthwise_in_float32(net: nn.Module) -> None:
-    """Have depthwise convolutions computed in float32 under autocast as well: on a CPU their
-    backward in bfloat16 takes up to 40 times as long (3×3, stride 2, 64 channels at 16×16, batch
-    256, torch 2.15, AMX: 54 ms against 1.3), while dense ones take a quarter of it."""
+def keep_in_float32(net: nn.Module) -> None:
+    """Have computed in float32 under autocast as well what a CPU does badly in bfloat16. Depthwise
+    convolutions: their backward takes up to 40 times as long (3×3, stride 2, 64 channels at 16×16,
+    batch 256, torch 2.15, AMX: 54 ms against 1.3), while dense ones take a quarter of it. Dilated
+    ones whose last block of 16 channels is not full: on maps 32 wide the gradient of their weight
+    is NaN or merely wrong in that block (torch 2.14 with oneDNN 3.12, AVX512-BF16 without AMX)."""
 
     def in_float32(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         wide = x.float()
@@ -153,8 +155,10 @@ def keep_depthwise_in_float32(net: nn.Module) -> None:
             return forward(wide)
 
     for module in net.modules():
-        if isinstance(module, nn.Conv2d) and module.groups == module.in_channels > 1:
-            module.forward = partial(in_float32, module.forward)
+        if isinstance(module, nn.Conv2d):
+            depthwise = module.groups == module.in_channels > 1
+            if depthwise or (module.dilation != (1, 1) and module.in_channels % 16):
+                module.forward = partial(in_float32, module.forward)
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, args: Namespace, steps: int) -> LRScheduler:

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import flags
-from model import build
+from model import NETS, build
 from optimise import make_training
 
 CPU = torch.device("cpu")
@@ -63,6 +63,31 @@ def test_depthwise_convolutions_stay_in_float32_on_a_cpu():
     assert [output.dtype for output in outputs] == [torch.float32, torch.bfloat16, torch.bfloat16]
     torch.testing.assert_close(outputs[0], expected)
     assert net[0].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_gradients_in_bf16_are_those_in_float32(name):
+    """Layer by layer, for equal inputs and gradients of outputs."""
+    net = build(name, 10)
+    convolutions = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
+    in_float32 = [m.forward for m in convolutions]
+    make_training(net, flags.parse_flags([]), CPU, 1)
+    calls = []
+    for module in convolutions:
+        module.register_forward_hook(lambda module, inputs, _: calls.append((module, *inputs)))
+    random = torch.Generator().manual_seed(0)
+    net(torch.randn(4, 3, 32, 32, generator=random))
+    assert [module for module, _ in calls] == convolutions
+    for (module, inputs), forward in zip(tuple(calls), in_float32, strict=True):
+        x = inputs.detach().bfloat16().contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = module(x)
+        direction = torch.randn(output.shape, generator=random).to(output)
+        weights = list(module.parameters())
+        expected = torch.autograd.grad(forward(x.float()), weights, direction.float())
+        found = torch.autograd.grad(output, weights, direction)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0.02 * other.abs().max().item())
 
 
 def test_what_is_computed_in_float32_keeps_no_float32_for_backward():
