@@ -138,8 +138,9 @@ def keep_in_float32(net: nn.Module) -> None:
     """Have computed in float32 under autocast as well what a CPU does badly in bfloat16. Depthwise
     convolutions: their backward takes up to 40 times as long (3×3, stride 2, 64 channels at 16×16,
     batch 256, torch 2.15, AMX: 54 ms against 1.3), while dense ones take a quarter of it. Dilated
-    ones whose last block of 16 channels is not full: on maps 32 wide the gradient of their weight
-    is NaN or merely wrong in that block (torch 2.14 with oneDNN 3.12, AVX512-BF16 without AMX)."""
+    ones of stride 1 whose last block of 16 channels is not full: on maps 32 wide the gradient of
+    their weight is NaN or merely wrong in that block (torch 2.14 with oneDNN 3.12, AVX512-BF16
+    without AMX)."""
 
     def in_float32(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         wide = x.float()
@@ -157,7 +158,8 @@ def keep_in_float32(net: nn.Module) -> None:
     for module in net.modules():
         if isinstance(module, nn.Conv2d):
             depthwise = module.groups == module.in_channels > 1
-            if depthwise or (module.dilation != (1, 1) and module.in_channels % 16):
+            dilated = module.dilation != (1, 1) and module.stride == (1, 1)
+            if depthwise or (dilated and module.in_channels % 16):
                 module.forward = partial(in_float32, module.forward)
 
 
