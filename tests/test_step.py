@@ -1,5 +1,5 @@
 import json
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from copy import deepcopy
 from dataclasses import replace
 
@@ -153,6 +153,23 @@ def test_an_fp16_overflow_is_skipped_and_counted(radius):
 
 
 # The step as a CUDA graph
+
+
+@pytest.mark.parametrize("extra", [[], ["--optimizer", "sgd", "--border", "constant"]])
+@pytest.mark.parametrize("radius", [0.0, 0.1])
+def test_a_step_reads_nothing_on_the_host(extra, radius, monkeypatch):
+    """As no CUDA graph can: tensors of the device `meta` have no values to be read."""
+    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which `meta` lacks
+    args = flags.parse_flags(["--precision", "fp32", "--rgb-shift-p", "0.5", *extra])
+    dataset = data.load("synthetic", None, CPU, train_images=32)
+    tensors = {name: value for name, value in vars(dataset).items() if torch.is_tensor(value)}
+    dataset = replace(dataset, **{name: value.to("meta") for name, value in tensors.items()})
+    training = make_training(build(args.net, 10), args, torch.device("meta"), 1)
+    take_step = step.make_step(training, dataset, flags.policy_of(args), args, radius)
+    for _ in range(2):
+        figures = take_step(dataset.train_images, dataset.train_labels)
+    assert figures.is_meta
+    assert all(state["momentum_buffer"].is_meta for state in training.optimizer.state.values())
 
 
 def learner(argv, policy, radius=0.0):
