@@ -7,6 +7,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import data
 import flags
@@ -172,15 +174,74 @@ def test_a_step_reads_nothing_on_the_host(extra, radius, monkeypatch):
     assert all(state["momentum_buffer"].is_meta for state in training.optimizer.state.values())
 
 
-def learner(argv, policy, radius=0.0):
-    """A data set, a Training and its step, on a GPU."""
-    device = torch.device("cuda")
+def learner(argv, policy, radius=0.0, device="cuda"):
+    """A data set of four batches, a Training of seven epochs and its step."""
     base = ["--net", "net136k", "--batch-size", "32", "--epochs", "7", "--precision", "fp32"]
     args = flags.parse_flags([*base, *argv])
-    dataset = data.load("synthetic", None, device, train_images=256)
+    device = torch.device(device)
+    dataset = data.load("synthetic", None, device, train_images=4 * args.batch_size)
     torch.manual_seed(0)
-    training = make_training(build(args.net, 10, args.dropout), args, device, 8)
+    training = make_training(build(args.net, 10, args.dropout), args, device, 4)
     return dataset, training, step.make_step(training, dataset, policy, args, radius)
+
+
+def learnt(dataset, training, take_step):
+    """Rates and losses of 28 steps, beyond the first drop of `step`; the state they end in."""
+    training.net.train()
+    images, labels = (t.chunk(4) for t in (dataset.train_images, dataset.train_labels))
+    losses, rates = [], []
+    for number in range(28):
+        rates.append(float(training.scheduler.get_last_lr()[0]))
+        losses.append(take_step(images[number % 4], labels[number % 4])[0])
+        training.scheduler.step()
+    weights = [tensor.flatten().float() for tensor in training.net.state_dict().values()]
+    assert sum(losses[-4:]) < sum(losses[:4])
+    assert len(set(rates)) > 1
+    return torch.tensor(rates), torch.stack(losses), torch.cat(weights)
+
+
+class Tape(TorchDispatchMode):
+    """Repeats operations with the memory and numbers they first had, as a CUDA graph does."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        if not operator.is_view:
+            self.calls.append((operator, args, kwargs or {}, result))
+        return result
+
+    @torch.no_grad()
+    def replay(self):
+        for operator, args, kwargs, result in self.calls:
+            again = operator(*args, **kwargs)
+            for tensor, value in zip(tree_leaves(result), tree_leaves(again), strict=True):
+                if torch.is_tensor(tensor) and tensor is not value:
+                    tensor.copy_(value)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "radius"), [("onecycle", 0.1), ("cyclic", 0.0), ("step", 0.0)]
+)
+def test_repeated_operations_learn_what_steps_learn(schedule, radius, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Tape)
+    monkeypatch.setattr(torch.cuda, "graph", lambda tape, stream: tape)
+    monkeypatch.setattr(step, "warmed_up", lambda job: [job() for _ in range(3)])
+    taken = []
+    for graph in (True, False):
+        given = ["--net", "atrous", "--batch-size", "4", "--schedule", schedule, "--lr", "0.05"]
+        dataset, training, take_step = learner(given, None, radius, "cpu")
+        for group in training.optimizer.param_groups:
+            group["fused"] = True
+            group["lr"] = group["lr"] if graph else torch.tensor(group["lr"])  # rounded alike
+        if graph:
+            batch = dataset.train_images[:4], dataset.train_labels[:4]
+            take_step = step.captured(take_step, training, *batch)
+        taken.append(learnt(dataset, training, take_step))
+    for repeated, stepped in zip(*taken, strict=True):
+        assert torch.equal(repeated, stepped)
 
 
 @pytest.fixture
@@ -191,30 +252,20 @@ def deterministic():
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("net", ["atrous", "net136k"])
 @pytest.mark.parametrize(
     ("schedule", "radius"), [("onecycle", 0.0), ("onecycle", 0.1), ("cyclic", 0.0), ("step", 0.0)]
 )
-def test_a_graph_learns_what_eager_steps_learn(schedule, radius, deterministic):
+def test_a_graph_learns_what_eager_steps_learn(net, schedule, radius, deterministic):
     taken = []
     for way in ([], ["--eager"]):
-        given = ["--schedule", schedule, "--lr", "0.05", *way]
+        given = ["--net", net, "--schedule", schedule, "--lr", "0.05", *way]
         dataset, training, take_step = learner(given, None, radius)
         for group in training.optimizer.param_groups:  # rounded alike
             group["lr"] = torch.as_tensor(group["lr"], device="cuda")
-        training.net.train()
-        losses, rates = [], []
-        for number in range(56):  # beyond the first drop of `step`
-            batch = slice(number % 8 * 32, number % 8 * 32 + 32)
-            rates.append(float(training.scheduler.get_last_lr()[0]))
-            losses.append(take_step(dataset.train_images[batch], dataset.train_labels[batch])[0])
-            training.scheduler.step()
-        weights = [tensor.flatten().float() for tensor in training.net.state_dict().values()]
-        taken.append((torch.tensor(rates), torch.stack(losses), torch.cat(weights)))
+        taken.append(learnt(dataset, training, take_step))
     for graph, eager in zip(*taken, strict=True):
         torch.testing.assert_close(graph, eager, rtol=1e-4, atol=1e-5)
-    rates, losses, _ = taken[0]
-    assert losses[-1] < losses[0]
-    assert len(set(rates.tolist())) > 1
 
 
 @pytest.mark.gpu
