@@ -87,7 +87,7 @@ def epoch_row(dataset: data.Dataset, settings: Namespace) -> dict[str, Any]:
     return {
         "batch_size": batch,
         "epoch_seconds": EPOCH / batch / rate,
-        "phases_seconds": {name: EPOCH / batch * each for name, each in phases.items()},
+        "phases_seconds": {name: EPOCH * each for name, each in phases.items()},
         "peak_memory_bytes": memory,
     }
 

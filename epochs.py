@@ -18,15 +18,14 @@ import data
 import ranks
 import report
 import step
-from augment import Policy
 from common import Terminated, UserError, noting_sigterm
 from flags import policy_of
 from optimise import Training
 
 
 def training_batches(dataset: data.Dataset, args: Namespace) -> Iterator[tuple[Tensor, Tensor]]:
-    """One shuffled epoch: images uint8 (B, 3, 32, 32), augmented already where that is done on the
-    host, and labels (B,); of each batch, this process's share."""
+    """One shuffled epoch as the net learns from it: inputs float32 (B, 3, 32, 32), augmented and
+    normalised, and labels (B,); of each batch, this process's share."""
     device = dataset.train_images.device
     batches = data.epoch_batches(len(dataset.train_images), args.batch_size, device)
     batches = [ranks.share(index) for index in batches]
@@ -44,10 +43,22 @@ def training_batches(dataset: data.Dataset, args: Namespace) -> Iterator[tuple[T
             pin_memory=device.type == "cuda",
         )
         for images, labels in loader:
-            yield images.to(device, non_blocking=True), labels.to(device)
+            images = images.to(device, non_blocking=True)
+            yield data.normalize(images, dataset.mean, dataset.std), labels.to(device)
         return
-    for index in batches:  # index_select: on a CPU ten times as fast as images[index]
-        yield dataset.train_images.index_select(0, index), dataset.train_labels[index]
+    several, size = batches_at_once(args.batch_size, device), len(batches[0])
+    for first in range(0, len(batches), several):
+        index = torch.cat(batches[first : first + several])
+        images = dataset.train_images.index_select(0, index)  # on a CPU faster than images[index]
+        inputs = step.prepared(images, policy_of(args), dataset.mean, dataset.std)
+        labels = dataset.train_labels[index]
+        yield from zip(inputs.split(size), labels.split(size), strict=True)
+
+
+def batches_at_once(batch_size: int, device: torch.device) -> int:
+    """How many are augmented at once: on a GPU, where many small operations take their time however
+    few the images are, those of some thousand; on a CPU one, which stays in its caches."""
+    return 1 if device.type == "cpu" else max(1, 4096 // batch_size)
 
 
 def train_epoch(
@@ -104,13 +115,7 @@ def run_epoch(
         training.reached = {"epoch": epoch, "seconds": training.elapsed}
 
 
-def run_epochs(
-    training: Training,
-    dataset: data.Dataset,
-    policy: Policy | None,
-    args: Namespace,
-    folder: Path,
-) -> None:
+def run_epochs(training: Training, dataset: data.Dataset, args: Namespace, folder: Path) -> None:
     """Those that are left, each with its checkpoint, its metrics and its printed line. Raises
     Terminated after the epoch in which SIGTERM came to one of the processes."""
     steps = len(dataset.train_images) // args.batch_size
@@ -125,7 +130,7 @@ def run_epochs(
             wanted = sam_radius(args, len(training.history) + 1)
             if radius != wanted:
                 radius, begun = wanted, time.perf_counter()
-                take_step = step.make_step(training, dataset, policy, args, radius)
+                take_step = step.make_step(training, dataset, args, radius)
                 training.elapsed += time.perf_counter() - begun
             run_epoch(training, take_step, dataset, args, bar)
             if ranks.rank() == 0:

@@ -17,7 +17,8 @@ import step
 from common import SIZE
 
 Way = Callable[[], Iterator[object]]  # of doing one batch after another, without an end
-Phases = dict[str, Callable[[], object]]
+Job = Callable[[], object]
+Phases = dict[str, tuple[Job, int]]  # what each does, and to how many images
 
 
 @dataclass(frozen=True)
@@ -49,20 +50,23 @@ def rates(
 
 
 def phase_seconds(phases: Phases, device: torch.device, rounds: int) -> dict[str, float]:
-    """Median seconds of each phase of a step, one after the other; on a GPU, where launching them
-    would take longer, each as a CUDA graph."""
-    jobs = _captured(phases) if device.type == "cuda" else phases
-    for job in jobs.values():
+    """Median seconds an image of each phase of a step, one after the other; on a GPU, where
+    launching them would take longer, each as a CUDA graph."""
+    jobs = [job for job, _ in phases.values()]
+    if device.type == "cuda":
+        jobs = _captured(jobs)
+    for job in jobs:
         job()
     marks = [_mark(device)]
     for _ in range(rounds):
-        for job in jobs.values():
+        for job in jobs:
             job()
             marks.append(_mark(device))
     _synchronize(device)
     taken = [_between(*pair) for pair in pairwise(marks)]
     return {
-        name: statistics.median(taken[number :: len(phases)]) for number, name in enumerate(phases)
+        name: statistics.median(taken[number :: len(phases)]) / images
+        for number, (name, (_, images)) in enumerate(phases.items())
     }
 
 
@@ -120,14 +124,14 @@ def peak_memory(device: torch.device) -> int:
     return int(status[status.index("VmHWM:") + 1]) * 1024
 
 
-def _captured(phases: Phases) -> Phases:
-    stream = step.warmed_up(lambda: [phase() for phase in phases.values()])
-    graphs = {name: torch.cuda.CUDAGraph() for name in phases}
+def _captured(jobs: list[Job]) -> list[Job]:
+    stream = step.warmed_up(lambda: [job() for job in jobs])
+    captures = [torch.cuda.CUDAGraph() for _ in jobs]
     pool = torch.cuda.graph_pool_handle()
-    for name, phase in phases.items():
-        with torch.cuda.graph(graphs[name], pool=pool, stream=stream):
-            phase()
-    return {name: graph.replay for name, graph in graphs.items()}
+    for capture, job in zip(captures, jobs, strict=True):
+        with torch.cuda.graph(capture, pool=pool, stream=stream):
+            job()
+    return [capture.replay for capture in captures]
 
 
 def _synchronize(device: torch.device) -> None:

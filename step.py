@@ -1,4 +1,4 @@
-"""What is done to one batch: the training step, and the way of images through the net."""
+"""What is done to a batch: how it is prepared, the training step, the way through the net."""
 
 import math
 from argparse import Namespace
@@ -15,15 +15,12 @@ from augment import Policy, apply, jitter_colours, sample
 from data import Dataset, normalize
 from optimise import Training
 
-Step = Callable[[Tensor, Tensor], Tensor]  # of images and labels, giving what train_step does
+Step = Callable[[Tensor, Tensor], Tensor]  # of inputs and labels, giving what train_step does
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def prepared(images: Tensor, policy: Policy | None, mean: Tensor, std: Tensor) -> Tensor:
-    """Images uint8 (N, 3, H, W) as the net learns from them: float32, normalised, newly augmented
-    where there is a policy."""
-    if policy is None:
-        return normalize(images, mean, std)
+def prepared(images: Tensor, policy: Policy, mean: Tensor, std: Tensor) -> Tensor:
+    """Images uint8 (N, 3, H, W) as a net learns from them: float32, normalised, newly augmented."""
     params = sample(policy, len(images), images.shape[-1], images.device)
     if policy.rgb_shift_p or policy.brightness_contrast_p:
         images = jitter_colours(images, params)
@@ -105,22 +102,15 @@ def uphill(net: nn.Module, radius: float) -> Iterator[None]:
             torch._foreach_copy_(weights, before)
 
 
-def make_step(
-    training: Training,
-    dataset: Dataset,
-    policy: Policy | None,
-    args: Namespace,
-    radius: float = 0.0,
-) -> Step:
-    """The whole step of a batch: images uint8 (B, 3, H, W), labels int64 (B,).
+def make_step(training: Training, dataset: Dataset, args: Namespace, radius: float = 0.0) -> Step:
+    """The step of a batch: inputs float32 (B, 3, H, W), as they are prepared, labels int64 (B,).
 
     On one GPU it is a CUDA graph: the launches of so small a net take longer than its arithmetic.
     Eager remain fp16, whose loss scaler decides on the host, and several processes.
     """
     net = torch.compile(training.parallel) if args.compile else training.parallel
 
-    def step(images: Tensor, labels: Tensor) -> Tensor:
-        inputs = prepared(images, policy, dataset.mean, dataset.std)
+    def step(inputs: Tensor, labels: Tensor) -> Tensor:
         return train_step(
             net,
             training.optimizer,
@@ -135,35 +125,35 @@ def make_step(
     eager = args.eager or training.scaler.is_enabled() or ranks.count() > 1
     if eager or not dataset.train_images.is_cuda:
         return step
-    examples = dataset.train_images[: args.batch_size], dataset.train_labels[: args.batch_size]
-    return captured(step, training, *examples)
+    inputs = normalize(dataset.train_images[: args.batch_size], dataset.mean, dataset.std)
+    return captured(step, training, inputs, dataset.train_labels[: args.batch_size])
 
 
-def captured(step: Step, training: Training, images: Tensor, labels: Tensor) -> Step:
-    """`step` as one CUDA graph, for batches of the size of `images` (PyTorch's notes on CUDA,
+def captured(step: Step, training: Training, inputs: Tensor, labels: Tensor) -> Step:
+    """`step` as one CUDA graph, for batches of the size of `inputs` (PyTorch's notes on CUDA,
     "Whole-network capture"). `training` stays as it is, but for learning rates kept on the device:
     a graph reads them there, where it would repeat a number for ever."""
-    images, labels = images.clone(), labels.clone()
+    inputs, labels = inputs.clone(), labels.clone()
     optimizer = training.optimizer
     for group in optimizer.param_groups:
-        group["lr"] = torch.tensor(float(group["lr"]), device=images.device)
+        group["lr"] = torch.tensor(float(group["lr"]), device=inputs.device)
     for weight in training.net.parameters():  # the first step, which makes these, differs
         optimizer.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
     momenta = [state["momentum_buffer"] for state in optimizer.state.values()]
     changing = [*training.net.parameters(), *training.net.buffers(), *momenta]
     before = [tensor.detach().clone() for tensor in changing]
     training.net.train()
-    stream = warmed_up(lambda: step(images, labels))
+    stream = warmed_up(lambda: step(inputs, labels))
     optimizer.zero_grad(set_to_none=True)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
-        figures = step(images, labels)
+        figures = step(inputs, labels)
     with torch.no_grad():
         for tensor, value in zip(changing, before, strict=True):
             tensor.copy_(value)
 
-    def replay(new_images: Tensor, new_labels: Tensor) -> Tensor:
-        images.copy_(new_images)
+    def replay(new_inputs: Tensor, new_labels: Tensor) -> Tensor:
+        inputs.copy_(new_inputs)
         labels.copy_(new_labels)
         graph.replay()
         return figures.clone()

@@ -26,7 +26,7 @@ import ranks
 import report
 import step
 from common import Terminated, UserError, exit_status, first_line, is_out_of_memory
-from flags import describe_recipe, parse_flags, policy_of
+from flags import describe_recipe, parse_flags
 from machine import (
     choose_device,
     choose_precision,
@@ -86,9 +86,8 @@ def run(args: Namespace, command: str, dataset: data.Dataset, start: float) -> d
     if args.recipe is not None:
         print(describe_recipe(args))
     print(f"\n{report.HEADER}", flush=True)
-    policy = policy_of(args) if args.augment == "device" else None
     try:
-        epochs.run_epochs(training, dataset, policy, args, folder)
+        epochs.run_epochs(training, dataset, args, folder)
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(f"--resume {folder} goes on after the last line") from interrupt
     except OSError as error:  # a full disk, say
@@ -105,8 +104,7 @@ def run(args: Namespace, command: str, dataset: data.Dataset, start: float) -> d
     if ranks.rank() > 0:
         return facts
     torch.manual_seed(args.seed)
-    images, labels = next(epochs.training_batches(dataset, args))
-    examples = step.prepared(images, policy, dataset.mean, dataset.std), labels
+    examples = next(epochs.training_batches(dataset, args))
     summary = {
         **report.write_outcome(folder, net, dataset, args, training.history, logits, examples),
         "target": args.target,

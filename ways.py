@@ -30,23 +30,23 @@ def settings(net: str, batch_size: int, precision: str, *argv: str) -> Namespace
 def training(dataset: data.Dataset, args: Namespace, radius: float = 0.0) -> Way:
     """train.py's own steps; sharpness-aware ones with a radius."""
     learner = _learner(dataset, args)
-    policy = flags.policy_of(args) if args.augment == "device" else None
-    take_step = step.make_step(learner, dataset, policy, args, radius)
+    take_step = step.make_step(learner, dataset, args, radius)
 
     def way() -> Iterator[Tensor]:
         learner.net.train()
         while True:
-            for images, labels in epochs.training_batches(dataset, args):
-                yield take_step(images, labels)
+            for inputs, labels in epochs.training_batches(dataset, args):
+                yield take_step(inputs, labels)
                 learner.scheduler.step()
 
     return way
 
 
 def phases(dataset: data.Dataset, args: Namespace) -> Phases:
-    """One such step in five parts."""
-    index = torch.randperm(len(dataset.train_images), device=dataset.train_images.device)
-    index = index[: args.batch_size]
+    """One such step in five parts, the first two for all batches that are augmented at once."""
+    device, batch = dataset.train_images.device, args.batch_size
+    images = batch * epochs.batches_at_once(batch, device)
+    index = torch.randint(len(dataset.train_images), (images,), device=device)
     learner, policy = _learner(dataset, args), flags.policy_of(args)
     learner.net.train()
     between: dict[str, Tensor] = {}
@@ -59,8 +59,8 @@ def phases(dataset: data.Dataset, args: Namespace) -> Phases:
         between["inputs"] = step.prepared(between["images"], policy, dataset.mean, dataset.std)
 
     def forward() -> None:
-        logits = step.forward(learner.net, between["inputs"], args.precision)
-        between["loss"] = F.cross_entropy(logits, between["labels"])
+        logits = step.forward(learner.net, between["inputs"][:batch], args.precision)
+        between["loss"] = F.cross_entropy(logits, between["labels"][:batch])
 
     def backward() -> None:
         between.pop("loss").backward()
@@ -69,7 +69,10 @@ def phases(dataset: data.Dataset, args: Namespace) -> Phases:
         learner.optimizer.step()
         learner.optimizer.zero_grad(set_to_none=True)
 
-    return {part.__name__: part for part in (gather, augment, forward, backward, optimiser)}
+    return {
+        **{part.__name__: (part, images) for part in (gather, augment)},
+        **{part.__name__: (part, batch) for part in (forward, backward, optimiser)},
+    }
 
 
 def plain_loop(dataset: data.Dataset, args: Namespace) -> Way:

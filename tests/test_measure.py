@@ -44,8 +44,9 @@ def test_rates_and_phases_are_medians_of_what_the_clock_says(monkeypatch):
     slow = {"slow": lambda: passing(2.0)}
     assert measure.rates(slow, CPU, warm_up=1, count=4) == {"slow": 0.5}
     clocks = {"first": passing(9.0, 1.0, 1.0, 5.0), "second": passing(9.0, 2.0, 3.0, 3.0)}
-    phases = {name: lambda clock=clock: next(clock) for name, clock in clocks.items()}
-    assert measure.phase_seconds(phases, CPU, rounds=3) == {"first": 1.0, "second": 3.0}
+    jobs = {name: lambda clock=clock: next(clock) for name, clock in clocks.items()}
+    phases = {"first": (jobs["first"], 4), "second": (jobs["second"], 2)}
+    assert measure.phase_seconds(phases, CPU, rounds=3) == {"first": 0.25, "second": 1.5}
 
 
 def test_the_floor_by_hand():

@@ -167,32 +167,35 @@ def test_a_step_reads_nothing_on_the_host(extra, radius, monkeypatch):
     tensors = {name: value for name, value in vars(dataset).items() if torch.is_tensor(value)}
     dataset = replace(dataset, **{name: value.to("meta") for name, value in tensors.items()})
     training = make_training(build(args.net, 10), args, torch.device("meta"), 1)
-    take_step = step.make_step(training, dataset, flags.policy_of(args), args, radius)
+    take_step = step.make_step(training, dataset, args, radius)
     for _ in range(2):
-        figures = take_step(dataset.train_images, dataset.train_labels)
+        statistics = dataset.mean, dataset.std
+        inputs = step.prepared(dataset.train_images, flags.policy_of(args), *statistics)
+        figures = take_step(inputs, dataset.train_labels)
     assert figures.is_meta
     assert all(state["momentum_buffer"].is_meta for state in training.optimizer.state.values())
 
 
-def learner(argv, policy, radius=0.0, device="cuda"):
-    """A data set of four batches, a Training of seven epochs and its step."""
+def learner(argv, radius=0.0, device="cuda"):
+    """Four batches, a Training of seven epochs of them and its step."""
     base = ["--net", "net136k", "--batch-size", "32", "--epochs", "7", "--precision", "fp32"]
     args = flags.parse_flags([*base, *argv])
     device = torch.device(device)
     dataset = data.load("synthetic", None, device, train_images=4 * args.batch_size)
     torch.manual_seed(0)
     training = make_training(build(args.net, 10, args.dropout), args, device, 4)
-    return dataset, training, step.make_step(training, dataset, policy, args, radius)
+    inputs = data.normalize(dataset.train_images, dataset.mean, dataset.std)
+    batches = list(zip(inputs.chunk(4), dataset.train_labels.chunk(4), strict=True))
+    return batches, training, step.make_step(training, dataset, args, radius)
 
 
-def learnt(dataset, training, take_step):
+def learnt(batches, training, take_step):
     """Rates and losses of 28 steps, beyond the first drop of `step`; the state they end in."""
     training.net.train()
-    images, labels = (t.chunk(4) for t in (dataset.train_images, dataset.train_labels))
     losses, rates = [], []
     for number in range(28):
         rates.append(float(training.scheduler.get_last_lr()[0]))
-        losses.append(take_step(images[number % 4], labels[number % 4])[0])
+        losses.append(take_step(*batches[number % 4])[0])
         training.scheduler.step()
     weights = [tensor.flatten().float() for tensor in training.net.state_dict().values()]
     assert sum(losses[-4:]) < sum(losses[:4])
@@ -232,14 +235,13 @@ def test_repeated_operations_learn_what_steps_learn(schedule, radius, monkeypatc
     taken = []
     for graph in (True, False):
         given = ["--net", "atrous", "--batch-size", "4", "--schedule", schedule, "--lr", "0.05"]
-        dataset, training, take_step = learner(given, None, radius, "cpu")
+        batches, training, take_step = learner(given, radius, "cpu")
         for group in training.optimizer.param_groups:
             group["fused"] = True
             group["lr"] = group["lr"] if graph else torch.tensor(group["lr"])  # rounded alike
         if graph:
-            batch = dataset.train_images[:4], dataset.train_labels[:4]
-            take_step = step.captured(take_step, training, *batch)
-        taken.append(learnt(dataset, training, take_step))
+            take_step = step.captured(take_step, training, *batches[0])
+        taken.append(learnt(batches, training, take_step))
     for repeated, stepped in zip(*taken, strict=True):
         assert torch.equal(repeated, stepped)
 
@@ -260,10 +262,10 @@ def test_a_graph_learns_what_eager_steps_learn(net, schedule, radius, determinis
     taken = []
     for way in ([], ["--eager"]):
         given = ["--net", net, "--schedule", schedule, "--lr", "0.05", *way]
-        dataset, training, take_step = learner(given, None, radius)
+        batches, training, take_step = learner(given, radius)
         for group in training.optimizer.param_groups:  # rounded alike
             group["lr"] = torch.as_tensor(group["lr"], device="cuda")
-        taken.append(learnt(dataset, training, take_step))
+        taken.append(learnt(batches, training, take_step))
     for graph, eager in zip(*taken, strict=True):
         torch.testing.assert_close(graph, eager, rtol=1e-4, atol=1e-5)
 
@@ -288,17 +290,13 @@ def test_what_is_captured_with_other_flags(extra, tmp_path, no_pictures):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-    ("policy", "dropout", "draws"),
-    [(NOTHING, "0", False), (Policy(), "0", True), (NOTHING, "0.5", True)],
-)
-def test_replays_draw_anew_and_seeds_hold(policy, dropout, draws):
+@pytest.mark.parametrize("dropout", ["0", "0.5"])
+def test_replays_draw_anew_and_seeds_hold(dropout):
     still = ["--lr", "1e-30", "--weight-decay", "0", "--dropout", dropout]
-    dataset, _, take_step = learner(still, policy)
-    batch = dataset.train_images[:32], dataset.train_labels[:32]
+    (batch, *_), _, take_step = learner(still)
     torch.manual_seed(1)
     first, second = take_step(*batch), take_step(*batch)
     torch.manual_seed(1)
     again = take_step(*batch)
-    assert torch.equal(first, second) is not draws
+    assert torch.equal(first, second) is (dropout == "0")
     assert torch.equal(first, again)

@@ -1,0 +1,51 @@
+"""The batches of an epoch, augmented one by one or several at once."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import data
+import epochs
+import flags
+
+PLAIN = ["--flip-p", "0", "--affine-p", "0", "--cutout-p", "0"]
+
+
+@pytest.fixture(scope="module")
+def dataset():
+    return data.load("synthetic", None, torch.device("cpu"), train_images=60)
+
+
+def epoch(dataset, *argv):
+    torch.manual_seed(0)
+    args = flags.parse_flags(["--batch-size", "8", *argv])
+    return list(epochs.training_batches(dataset, args))
+
+
+@pytest.mark.parametrize("several", [1, 3, 100])
+@pytest.mark.parametrize("where", [[], ["--augment", "albumentations", "--workers", "0"]])
+def test_every_image_comes_once_with_its_label(several, where, dataset, monkeypatch):
+    monkeypatch.setattr(epochs, "batches_at_once", lambda *_: several)
+    batches = epoch(dataset, *PLAIN, *where)
+    assert [inputs.shape for inputs, _ in batches] == [(8, 3, 32, 32)] * 7
+    inputs, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+    normal = data.normalize(dataset.train_images, dataset.mean, dataset.std)
+    number = torch.cdist(inputs.flatten(1), normal.flatten(1)).argmin(1)
+    assert len(number.unique()) == 56
+    assert torch.equal(inputs, normal[number])
+    assert torch.equal(labels, dataset.train_labels[number])
+
+
+@pytest.mark.parametrize("several", [1, 3])
+def test_every_image_draws_for_itself(several, dataset, monkeypatch):
+    monkeypatch.setattr(epochs, "batches_at_once", lambda *_: several)
+    same = replace(dataset, train_images=dataset.train_images[:1].expand(60, -1, -1, -1))
+    inputs = torch.cat([inputs for inputs, _ in epoch(same, "--affine-p", "1")])
+    assert len(inputs.flatten(1).unique(dim=0)) == 56
+
+
+def test_some_thousand_images_are_augmented_at_once_on_a_gpu():
+    for size, several in ((256, 16), (3000, 1), (10_000, 1)):
+        assert epochs.batches_at_once(size, torch.device("cuda")) == several
+    assert epochs.batches_at_once(256, torch.device("cpu")) == 1
