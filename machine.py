@@ -7,6 +7,7 @@ import subprocess
 import sys
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -53,17 +54,23 @@ def keep_freed_memory() -> None:
 
 
 def choose_precision(name: str, device: torch.device, layers: list[graph.Layer]) -> str:
-    """bf16 on a GPU that has it, else fp16. On a CPU that computes in it, where it speeds up dense
+    """bf16 on a GPU that has it, else fp16. On a CPU that is fast in it, where it speeds up dense
     convolutions and slows down depthwise ones: bf16 if at least half of the multiply-adds are
-    dense, else fp32. Elsewhere fp32: bf16 took a CPU without it eight times as long (AVX2)."""
+    dense, else fp32. Elsewhere fp32: steps in bf16 took an Intel Xeon with AVX512-BF16 but without
+    AMX 1.2 to 1.4 times as long, all six nets, and a CPU without either eight times (AVX2)."""
     if name != "auto":
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if device.type != "cpu" or not torch.cpu.get_capabilities().get("avx512_bf16"):
+    if device.type != "cpu" or not _is_fast_in_bf16(torch.cpu.get_capabilities()):
         return "fp32"
     dense = sum(layer.multiply_adds for layer in layers if layer.groups == 1)
     return "bf16" if 2 * dense >= sum(layer.multiply_adds for layer in layers) else "fp32"
+
+
+def _is_fast_in_bf16(found: dict[str, Any]) -> bool:
+    others = found.get("avx512_bf16") and not found.get("cpu_name", "").startswith("Intel")
+    return bool(found.get("amx_bf16") or others)
 
 
 def device_name(device: torch.device) -> str:

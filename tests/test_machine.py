@@ -15,10 +15,13 @@ def test_precision_on_a_cpu_follows_its_instructions_and_the_layers(monkeypatch)
     cpu = torch.device("cpu")
     dense, depthwise = torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(3, 90, 9, groups=3)
     layers = [graph.trace(module).layers for module in (dense, depthwise)]
-    found = {}
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
-    for has_bf16, wanted in (True, ["bf16", "fp32"]), (False, ["fp32", "fp32"]):
-        found["avx512_bf16"] = has_bf16
+    amd, intel = {"cpu_name": "AMD EPYC"}, {"cpu_name": "Intel Xeon"}
+    instructions = {"avx512_bf16": True}
+    fast = [amd | instructions, intel | instructions | {"amx_bf16": True}, instructions]
+    slow = [amd, intel | instructions | {"amx_bf16": False}, {}]
+    for found in fast + slow:
+        monkeypatch.setattr(torch.cpu, "get_capabilities", lambda found=found: found)
+        wanted = ["bf16" if found in fast else "fp32", "fp32"]
         assert [machine.choose_precision("auto", cpu, each) for each in layers] == wanted
     assert machine.choose_precision("fp16", cpu, layers[0]) == "fp16"
 
