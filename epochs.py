@@ -46,11 +46,12 @@ def training_batches(dataset: data.Dataset, args: Namespace) -> Iterator[tuple[T
             images = images.to(device, non_blocking=True)
             yield data.normalize(images, dataset.mean, dataset.std), labels.to(device)
         return
+    policy = policy_of(args) if args.augment == "device" else None
     several, size = batches_at_once(args.batch_size, device), len(batches[0])
     for first in range(0, len(batches), several):
         index = torch.cat(batches[first : first + several])
         images = dataset.train_images.index_select(0, index)  # on a CPU faster than images[index]
-        inputs = step.prepared(images, policy_of(args), dataset.mean, dataset.std)
+        inputs = step.prepared(images, policy, dataset.mean, dataset.std)
         labels = dataset.train_labels[index]
         yield from zip(inputs.split(size), labels.split(size), strict=True)
 

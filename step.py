@@ -19,8 +19,11 @@ Step = Callable[[Tensor, Tensor], Tensor]  # of inputs and labels, giving what t
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
-def prepared(images: Tensor, policy: Policy, mean: Tensor, std: Tensor) -> Tensor:
-    """Images uint8 (N, 3, H, W) as a net learns from them: float32, normalised, newly augmented."""
+def prepared(images: Tensor, policy: Policy | None, mean: Tensor, std: Tensor) -> Tensor:
+    """Images uint8 (N, 3, H, W) as the net learns from them: float32, normalised, newly augmented
+    where there is a policy."""
+    if policy is None:
+        return normalize(images, mean, std)
     params = sample(policy, len(images), images.shape[-1], images.device)
     if policy.rgb_shift_p or policy.brightness_contrast_p:
         images = jitter_colours(images, params)

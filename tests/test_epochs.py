@@ -9,7 +9,7 @@ import data
 import epochs
 import flags
 
-PLAIN = ["--flip-p", "0", "--affine-p", "0", "--cutout-p", "0"]
+DRAW_NOTHING = ["--flip-p", "0", "--affine-p", "0", "--cutout-p", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -24,10 +24,17 @@ def epoch(dataset, *argv):
 
 
 @pytest.mark.parametrize("several", [1, 3, 100])
-@pytest.mark.parametrize("where", [[], ["--augment", "albumentations", "--workers", "0"]])
-def test_every_image_comes_once_with_its_label(several, where, dataset, monkeypatch):
+@pytest.mark.parametrize(
+    "unchanged",
+    [
+        ["--augment", "none"],
+        DRAW_NOTHING,
+        [*DRAW_NOTHING, "--augment", "albumentations", "--workers", "0"],
+    ],
+)
+def test_every_image_comes_once_with_its_label(several, unchanged, dataset, monkeypatch):
     monkeypatch.setattr(epochs, "batches_at_once", lambda *_: several)
-    batches = epoch(dataset, *PLAIN, *where)
+    batches = epoch(dataset, *unchanged)
     assert [inputs.shape for inputs, _ in batches] == [(8, 3, 32, 32)] * 7
     inputs, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     normal = data.normalize(dataset.train_images, dataset.mean, dataset.std)
