@@ -59,13 +59,16 @@ def curves(path: Path, history: list[dict[str, Any]], title: str) -> None:
 def image_grid(path: Path, images: np.ndarray, captions: list[str], title: str) -> None:
     """Images uint8 (N, H, W, 3), eight in a row, each under its caption."""
     rows = max(1, -(-len(images) // 8))
-    figure = Figure(figsize=(10, 1.45 * rows + 0.4), layout="constrained")
-    for axes in figure.subplots(rows, 8, squeeze=False).flat:
-        axes.axis("off")
-    for axes, image, caption in zip(figure.axes, images, captions, strict=False):
-        axes.imshow(image, interpolation="nearest")
-        axes.set_title(caption, fontsize=7)
-    figure.suptitle(title)
+    width, height = 1.25, 1.45  # inches from an image of one inch to the next
+    figure = Figure(figsize=(8 * width, height * rows + 0.4))
+    axes = figure.add_axes((0, 0, 1, 1))  # one for all: 32 of them take five times as long
+    axes.axis("off")
+    for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
+        left, top = number % 8 * width + 0.125, number // 8 * height + 0.75
+        axes.imshow(image, interpolation="nearest", extent=(left, left + 1, top + 1, top))
+        axes.text(left + 0.5, top - 0.05, caption, fontsize=7, ha="center", va="bottom")
+    axes.set(xlim=(0, 8 * width), ylim=(height * rows + 0.4, 0))
+    figure.suptitle(title, y=1 - 0.12 / figure.get_figheight(), va="top")
     _save(figure, path)
 
 
