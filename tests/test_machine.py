@@ -13,8 +13,9 @@ ROOT = Path(__file__).parents[1]
 
 def test_precision_on_a_cpu_follows_its_instructions_and_the_layers(monkeypatch):
     cpu = torch.device("cpu")
-    dense, depthwise = torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(3, 90, 9, groups=3)
-    layers = [graph.trace(module).layers for module in (dense, depthwise)]
+    dense, depthwise = (torch.nn.Conv2d(3, 3, 9, padding=4, groups=groups) for groups in (1, 3))
+    nets = [torch.nn.Sequential(dense, *[depthwise] * count) for count in (2, 4)]  # 3/5, 3/7 dense
+    layers = [graph.trace(net).layers for net in nets]
     amd, intel = {"cpu_name": "AMD EPYC"}, {"cpu_name": "Intel Xeon"}
     instructions = {"avx512_bf16": True}
     fast = [amd | instructions, intel | instructions | {"amx_bf16": True}, instructions]

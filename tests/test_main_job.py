@@ -208,9 +208,9 @@ def test_the_last_quarter_is_sharpness_aware(flag, radii, tmp_path, no_pictures,
         return make_step(training, *settings)
 
     monkeypatch.setattr(step, "make_step", noting)
-    out = ["--epochs", "4", "--out", str(tmp_path / "run"), "--net", "net136k", *flag]
+    out = ["--epochs", "6", "--out", str(tmp_path / "run"), "--net", "net136k", *flag]
     assert train.main([*SMALL, *out]) == 0
-    assert prepared == list(zip([0, 3], radii, strict=False))
+    assert prepared == list(zip([0, 5], radii, strict=False))
 
 
 def test_no_hole_in_a_recipe_with_holes_of_many_sizes():
