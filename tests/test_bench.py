@@ -46,6 +46,7 @@ def result(folder, name):
 
 def test_an_epoch_and_its_phases(arguments, briefly, tmp_path, capsys):
     what = [*arguments[1:3], "--net", "net136k", "--batch-size", "32", "64"]
+    what += ["--device", "cpu"]
     assert bench.main(["epoch", *what]) == 0
     _, title, heading, *rows = capsys.readouterr().out.splitlines()[:5]
     assert re.match(r"seconds for 50,000 images, net136k on pets, (bf16|fp32); CPU", title)
@@ -69,7 +70,7 @@ def test_an_epoch_and_its_phases(arguments, briefly, tmp_path, capsys):
 
 def test_augmentations(arguments, briefly, tmp_path, capsys):
     pytest.importorskip("kornia", reason="pip install -r requirements-extra.txt")
-    assert bench.main(["augment", *arguments[1:3]]) == 0
+    assert bench.main(["augment", *arguments[1:3], "--device", "cpu"]) == 0
     content = result(tmp_path, "augment")
     assert len(content["images_per_second"]) == len(capsys.readouterr().out.splitlines()) - 3
     assert all(rate > 0 for rate in content["images_per_second"].values())

@@ -240,20 +240,20 @@ def test_the_same_bits_again_on_a_gpu(tmp_path, monkeypatch, no_pictures):
     arguments = [*SMALL, "--epochs", "8", "--device", "cuda", "--deterministic", "--out"]
     for folder in folders[:2]:
         assert train.main([*arguments, str(folder)]) == 0
-    write_history = train.report.write_history
+    save = checkpoint.save
 
-    def terminated(folder, history):
-        write_history(folder, history)
-        if len(history) in (1, 7):  # 7: amid the sharpness-aware epochs
+    def terminated(path, state):
+        save(path, state)
+        if len(state.get("history", "")) in (1, 7):  # 7: amid the sharpness-aware epochs
             signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.report, "write_history", terminated)
+        patch.setattr(checkpoint, "save", terminated)
         assert train.main([*arguments, str(folders[2])]) == 143
     for status in (143, 0):
         with monkeypatch.context() as patch:
             if status:
-                patch.setattr(train.report, "write_history", terminated)
+                patch.setattr(checkpoint, "save", terminated)
             assert train.main(["--resume", str(folders[2])]) == status
     assert timeless(folders[0]) == timeless(folders[1]) == timeless(folders[2])
     first, *others = [checkpoint.load(each / "model.pt")["state_dict"] for each in folders]
