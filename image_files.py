@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
@@ -18,7 +18,7 @@ from common import SIZE, UserError, check_sums, written_whole
 
 MAX_FILE_BYTES = 1 << 20  # a 32×32 image has a few kilobytes; what claims more is none
 MAX_ARCHIVE_BYTES = 2 << 30  # unpacked: half a million images
-CACHE_FORMAT = 1  # raise when what is cached changes
+CACHE_FORMAT = 2  # raise when what is cached changes
 
 Splits = dict[str, tuple[Tensor, Tensor]]  # "train" and "test": images, labels
 
@@ -55,7 +55,7 @@ def _fingerprint(path: Path) -> str:
     """Of an archive's bytes, or of the names, sizes and times of a folder's files."""
     digest = hashlib.sha256(str(CACHE_FORMAT).encode())
     if path.is_dir():
-        for file in sorted(f for split in ("train", "test") for f in (path / split).rglob("*")):
+        for file in _files(path):
             stat = file.stat()
             digest.update(
                 os.fsencode(f"{file.relative_to(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\0")
@@ -107,25 +107,42 @@ def _pixels(path: Path, name: str, blob: bytes) -> np.ndarray:
                 raise UserError(
                     f"--data {path}: {name} is {image.width}×{image.height}, not {SIZE}×{SIZE}"
                 )
-            return np.asarray(image.convert("RGB"))
+            return np.asarray(to_rgb(image))
     except UserError:
         raise
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and others
         raise UserError(f"--data {path}: {name} is no whole PNG or JPEG image: {error}") from error
 
 
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image of any mode as RGB: turned as its EXIF says, on white where it is transparent."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":  # Pillow would clip 16 bits at 255
+        levels = np.asarray(image, dtype=np.float32)
+        levels /= 257 if image.mode.startswith("I;16") or levels.max() > 255 else 1
+        image = Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def _files(path: Path) -> Iterator[Path]:
+    """Every file of a folder's train/ and test/, and what lies too deep there to be an image."""
+    for folder in (path / "train", path / "test"):
+        files = [f for depth in ("*", "*/*") for f in folder.glob(depth) if not f.is_dir()]
+        yield from sorted([*files, *folder.glob("*/*/*")])
+
+
 def _folder_members(path: Path) -> Iterator[tuple[str, bytes]]:
-    for split in ("train", "test"):
-        for file in sorted((path / split).rglob("*")):
-            if file.is_dir():
-                continue
-            name = file.relative_to(path).as_posix()
-            try:
-                if file.stat().st_size > MAX_FILE_BYTES:
-                    raise UserError(f"--data {path}: {name} is too large for a {SIZE}×{SIZE} image")
-                yield name, file.read_bytes()
-            except OSError as error:
-                raise UserError(f"--data {path}: {name} cannot be read: {error}") from error
+    for file in _files(path):
+        name = file.relative_to(path).as_posix()
+        try:
+            if file.stat().st_size > MAX_FILE_BYTES:
+                raise UserError(f"--data {path}: {name} is too large for a {SIZE}×{SIZE} image")
+            yield name, file.read_bytes()
+        except OSError as error:
+            raise UserError(f"--data {path}: {name} cannot be read: {error}") from error
 
 
 class _StrictTarInfo(tarfile.TarInfo):

@@ -21,24 +21,17 @@ import data
 import step
 from common import SIZE, Parser, UserError, exit_status
 from flags import number
+from image_files import to_rgb
 from machine import DEVICES, choose_device
 
 BATCH = 256
 
 
 def to_pixels(image: Image.Image) -> np.ndarray:
-    """RGB uint8 (32, 32, 3) of an image of any size and mode: turned as its EXIF says, on white
-    where it is transparent, its central square, resized with anti-aliasing."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":  # Pillow would clip 16 bits at 255
-        levels = np.asarray(image, dtype=np.float32)
-        levels /= 257 if levels.max() > 255 else 1
-        image = Image.fromarray(levels.clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    size = (SIZE, SIZE)
-    return np.asarray(ImageOps.fit(image.convert("RGB"), size, Image.Resampling.LANCZOS))
+    """RGB uint8 (32, 32, 3) of an image of any size and mode, as training images are read: its
+    central square, resized with anti-aliasing."""
+    rgb = to_rgb(image)
+    return np.asarray(ImageOps.fit(rgb, (SIZE, SIZE), Image.Resampling.LANCZOS))
 
 
 def named_files(arguments: list[str]) -> Iterator[tuple[str, Path | BytesIO]]:
@@ -51,6 +44,7 @@ def named_files(arguments: list[str]) -> Iterator[tuple[str, Path | BytesIO]]:
         elif path.is_dir():
             kinds = Image.registered_extensions()
             files = [f for f in path.rglob("*") if kinds.get(f.suffix.lower()) in Image.OPEN]
+            files = [file for file in files if file.is_file()]
             if not files:
                 raise UserError(f"{argument}: no image in that folder")
             yield from ((str(file), file) for file in sorted(files))

@@ -6,10 +6,12 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from test_data import files, load, png, write_folder, write_tar
 
 import image_files
 from common import UserError
+from predict import to_pixels
 
 # The cache
 
@@ -42,6 +44,42 @@ def test_damaged_or_forbidden_cache_is_no_obstacle(tmp_path, capsys, monkeypatch
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert len(load(path).train_images) == 8
     assert "not cached" in capsys.readouterr().err
+
+
+# What is read
+
+
+def test_images_of_any_mode_are_read_as_predict_reads_them(tmp_path):
+    folder = write_folder(tmp_path / "pets", files(train=0))
+    turned = Image.Exif()
+    turned[274] = 3  # by 180°
+    upper = Image.new("RGB", (32, 32))
+    upper.paste("white", (0, 0, 32, 16))
+    images = {
+        "cat/deep.png": Image.fromarray(np.full((32, 32), 257 * 99, np.uint16)),
+        "cat/dark.png": Image.fromarray(np.full((32, 32), 200, np.uint16)),
+        "dog/clear.png": Image.new("RGBA", (32, 32), (0, 0, 0, 0)),
+        "dog/turned.png": upper,
+    }
+    for name, image in images.items():
+        (folder / "train" / name).parent.mkdir(parents=True, exist_ok=True)
+        image.save(folder / "train" / name, exif=turned if "turned" in name else b"")
+    read = load(folder).train_images  # by class, then name
+    assert read[:, 0, 4, 4].tolist() == [1, 99, 255, 0]
+    for pixels, name in zip(read, sorted(images), strict=True):
+        with Image.open(folder / "train" / name) as image:
+            assert np.array_equal(pixels.permute(1, 2, 0), to_pixels(image))
+
+
+def test_a_class_may_be_a_link_to_a_folder(tmp_path):
+    folder = write_folder(tmp_path / "pets", files())
+    for split in ("train", "test"):
+        (folder / split / "cat").rename(tmp_path / split)
+        (folder / split / "cat").symlink_to(tmp_path / split)
+    dataset = load(folder)
+    assert (dataset.classes, len(dataset.train_images)) == (["cat", "dog"], 8)
+    (tmp_path / "train/0.png").unlink()
+    assert len(load(folder).train_images) == 7
 
 
 # Bad input

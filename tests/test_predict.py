@@ -105,6 +105,7 @@ def test_folders_and_standard_input(run, tmp_path, capsys, monkeypatch):
     save(tmp_path / "in/x.png", (250, 9, 9))
     save(tmp_path / "y.JPG", (9, 250, 9), format="JPEG")
     (tmp_path / "notes.txt").write_text("no image, and not taken for one")
+    (tmp_path / "holiday.png").mkdir()
     file = io.BytesIO()
     Image.new("RGB", (32, 32), (9, 9, 250)).save(file, "PNG")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(file.getvalue())))
