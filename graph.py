@@ -155,7 +155,10 @@ def trace(module: nn.Module, input_shape: tuple[int, int, int] = (3, 32, 32)) ->
             last = maps[-1] if maps else last
         else:
             target = graph.get_submodule(node.target) if node.op == "call_module" else node.target
-            fields[node] = _fields_behind(node, target, fields, input_shape)
+            try:
+                fields[node] = _fields_behind(node, target, fields, input_shape)
+            except TypeError as error:  # an argument that is computed, as x.size(2)
+                raise _unaccounted(node, target) from error
             sliding = [n for n in node.all_input_nodes if _slides(fields[n])]
             if sliding and _shape(node) is not None and not _slides(fields[node]):
                 last = sliding[-1]
@@ -240,7 +243,7 @@ def _window(node: fx.Node, target: Any) -> tuple[tuple[int, int], ...] | None:
         options = dict(zip(POOLING_ARGUMENTS, node.args, strict=False)) | node.kwargs
         options["dilation"] = options.get("dilation") if name == "max_pool2d" else None
     elif isinstance(target, PADDINGS) or name == "pad":
-        left, _, top, *_ = getattr(target, "padding", None) or _argument(node, 1, "pad")
+        left, _, top, *_ = *(getattr(target, "padding", None) or _argument(node, 1, "pad")), 0
         return one, one, one, (top, left)
     elif name == "getitem" and len(after) == 2 and (slices := _spatial_slices(node)):
         return one, tuple(s.step or 1 for s in slices), one, tuple(-(s.start or 0) for s in slices)
@@ -259,8 +262,8 @@ def _pools_globally(node: fx.Node, target: Any) -> bool:
         return True
     if isinstance(target, nn.Conv2d) or "pool" not in _name(target).lower():
         return False
-    kernel, _, _, padding = _window(node, target)
-    return kernel == _shape(node.all_input_nodes[0])[2:] and padding == (0, 0)
+    window, whole = _window(node, target), _shape(node.all_input_nodes[0])[2:]
+    return window is not None and window[0] == whole and window[3] == (0, 0)
 
 
 def _reduces(node: fx.Node, target: Any, dims: set[int]) -> bool:

@@ -92,6 +92,7 @@ MODULES = {
     "adaptive": (nn.Sequential(nn.AdaptiveAvgPool2d(48), conv(3, 4, 3)), 6),
     "functional pooling": (Wrap(lambda m, x: F.avg_pool2d(m.a(x), 3, stride=2), conv(3, 3, 3)), 5),
     "asymmetric padding": (nn.Sequential(nn.ZeroPad2d((0, 3, 3, 0)), nn.Conv2d(3, 3, 4)), 4),
+    "padding of a line": (Wrap(lambda m, x: m.a(F.pad(x, (1, 1))), nn.Conv2d(3, 3, 3)), 3),
     "skip": (Wrap(lambda m, x: m.b(F.relu(m.a(x) + x)), conv(3, 3, 5), conv(3, 3, 3)), 7),
     "wider skip": (Wrap(lambda m, x: m.a(x) + m.b(x), conv(3, 3, 3), conv(3, 3, 7)), 7),
     "shifted skip": (Wrap(shifted_skip, conv(3, 3, 3)), 6),  # −5 … −3, and 0
@@ -231,6 +232,9 @@ UNACCOUNTED = {
     "adaptive_avg_pool2d": lambda m, x: m.b(F.adaptive_avg_pool2d(m.a(x), 5)),
     "softmax": lambda m, x: m.a(x).softmax(3),
     "getitem": lambda m, x: m.a(x)[:, :, -8:],
+    "getitem.*": lambda m, x: m.a(x)[:, :, x.size(2) // 4 :],
+    "avg_pool2d": lambda m, x: F.avg_pool2d(m.a(x), x.size(2)),
+    "lp_pool2d": lambda m, x: m.b(F.lp_pool2d(m.a(x), 2, 2)),
 }
 
 
