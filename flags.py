@@ -22,7 +22,9 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
 
     def parse(text: str) -> float:
         value = kind(text)
-        if not low <= value <= high or (above and value == low) or math.isinf(value):
+        if math.isinf(value):
+            raise argparse.ArgumentTypeError(f"{text} is not finite")
+        if not low <= value <= high or (above and value == low):
             bounds = f"above {low}" if above else f"at least {low}"
             limit = "" if high == math.inf else f", at most {high}"
             raise argparse.ArgumentTypeError(f"{text} is not {bounds}{limit}")
@@ -114,6 +116,9 @@ MAY_CHANGE = {"resume", "data", "data_dir", "device", "workers"}
 
 def parse_flags(argv: list[str]) -> Namespace:
     """The flags; with --resume, the run's own, of which only MAY_CHANGE may be given anew."""
+    for text in argv:
+        if not text.isprintable():
+            raise UserError(f"{text!a}: no file of a run could name it; rename it")
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.resume is None:

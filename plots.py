@@ -25,6 +25,7 @@ OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "
 BLUE, ORANGE, GREEN = OKABE_ITO[:3]
 matplotlib.rcParams.update({"font.size": 9, "axes.grid": True, "grid.alpha": 0.3})
 matplotlib.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
+matplotlib.rcParams["text.parse_math"] = False  # a class may be named $_$
 
 
 def curves(path: Path, history: list[dict[str, Any]], title: str) -> None:
@@ -76,7 +77,7 @@ def mistakes(
     path: Path, images: np.ndarray, labels: np.ndarray, logits: np.ndarray, classes: list[str]
 ) -> None:
     """The 32 misclassified test images uint8 (N, H, W, 3) of which the net was surest."""
-    probabilities = _softmax(logits)
+    probabilities = torch.from_numpy(logits).softmax(1).numpy()
     predicted = logits.argmax(1)
     wrong = np.flatnonzero(predicted != labels)
     wrong = wrong[np.argsort(-probabilities[wrong].max(1), kind="stable")]
@@ -114,16 +115,15 @@ def confusion(path: Path, labels: np.ndarray, logits: np.ndarray, classes: list[
 def per_class(path: Path, labels: np.ndarray, logits: np.ndarray, classes: list[str]) -> None:
     """Accuracy of each class, and of each tenth of confidence (Guo et al. 2017, "On Calibration of
     Modern Neural Networks")."""
-    probabilities = _softmax(logits)
+    probabilities = torch.from_numpy(logits).softmax(1).numpy()
     predicted, confidence = probabilities.argmax(1), probabilities.max(1)
     right = predicted == labels
     figure = Figure(figsize=(10, 3.6), layout="constrained")
     left, middle = figure.subplots(1, 2)
-    accuracies = np.array(
-        [right[labels == k].mean() if (labels == k).any() else 0 for k in range(len(classes))]
-    )
+    tested = np.unique(labels)  # --holdout may leave a class out
+    accuracies = np.array([right[labels == k].mean() for k in tested])
     order = accuracies.argsort()
-    bars = left.barh([classes[k] for k in order], 100 * accuracies[order], color=BLUE)
+    bars = left.barh([classes[k] for k in tested[order]], 100 * accuracies[order], color=BLUE)
     left.bar_label(bars, fmt="%.1f", padding=2, fontsize=7)
     left.set_xlim(0, 110)
     left.set_xlabel("test accuracy, %")
@@ -288,11 +288,6 @@ def main(argv: list[str]) -> int:
             print(f"drawn: {run}/*.png")
 
     return exit_status(job)
-
-
-def _softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = np.exp(logits - logits.max(1, keepdims=True))
-    return shifted / shifted.sum(1, keepdims=True)
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -23,7 +23,7 @@ BAD_FLAGS = [
     (["--lr", "0"], "--lr"),
     (["--lr", "-1"], "--lr"),
     (["--lr", "nan"], "--lr"),
-    (["--lr", "inf"], "--lr"),
+    (["--lr", "inf"], "--lr: inf is not finite"),
     (["--repeat", "0"], "--repeat"),
     (["--weight-decay", "-0.1"], "--weight-decay"),
     (["--seed", "-1"], "--seed"),
@@ -40,6 +40,8 @@ BAD_FLAGS = [
     (["--epoch", "3"], "--epoch"),
     (["--out", "file/run"], "--out file/run"),
     (["--out", "file"], "--out file"),
+    (["--out", "r\udcff"], "r\\udcff"),
+    (["--data", "two\nlines.tar"], "two\\nlines"),
 ]
 if not torch.cuda.is_available():
     BAD_FLAGS.append((["--device", "cuda"], "--device cuda"))

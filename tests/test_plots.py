@@ -78,6 +78,21 @@ def test_per_class_accuracy_and_calibration(tmp_path, monkeypatch):
     assert is_picture(tmp_path / "classes.png")
 
 
+def test_a_class_that_was_not_tested_has_no_bar(tmp_path, monkeypatch):
+    seen = {}
+    barh = Axes.barh
+
+    def spy(axes, names, shares, **style):
+        seen.update(zip(names, shares, strict=True))
+        return barh(axes, names, shares, **style)
+
+    monkeypatch.setattr(Axes, "barh", spy)
+    labels, logits = np.array([0, 0, 2]), np.eye(3)[[0, 2, 2]]
+    plots.per_class(tmp_path / "classes.png", labels, logits, ["cat", "dog", "$_$"])
+    assert seen == {"cat": 50, "$_$": 100}
+    assert is_picture(tmp_path / "classes.png")
+
+
 class Brightest(nn.Module):
     """Two maps, the image's red and green; their means are the logits."""
 
