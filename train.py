@@ -11,11 +11,13 @@ import shlex
 import sys
 import time
 from argparse import Namespace
-from contextlib import redirect_stdout
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 import checkpoint
 import data
@@ -59,20 +61,7 @@ def run(args: Namespace, command: str, dataset: data.Dataset, start: float) -> d
     args.precision = choose_precision(args.precision, device, trace.layers)
     steps = len(dataset.train_images) // args.batch_size
     training = make_training(net, args, device, steps)
-    facts = {
-        "data": dataset.name,
-        "tested_on": f"{args.holdout:,} held-out training images" if args.holdout else "test split",
-        "net": args.net,
-        "recipe": args.recipe,
-        "parameters": sum(p.numel() for p in net.parameters()),
-        "receptive_field": max(trace.receptive_field),
-        "multiply_adds": trace.multiply_adds,
-        "precision": args.precision,
-        "device": device_name(device),
-        "processes": ranks.count(),
-        "command": command,
-        "versions": versions(),
-    }
+    facts = facts_of(net, trace, dataset, args, command)
     folder = Path(args.resume or run_folder(args, dataset.name))
     if args.resume and (folder / "last.pt").exists():
         resume(training, folder, dataset, args)
@@ -86,20 +75,8 @@ def run(args: Namespace, command: str, dataset: data.Dataset, start: float) -> d
     if args.recipe is not None:
         print(describe_recipe(args))
     print(f"\n{report.HEADER}", flush=True)
-    try:
+    with ending_in_one_line(args, folder, device):
         epochs.run_epochs(training, dataset, args, folder)
-    except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt(f"--resume {folder} goes on after the last line") from interrupt
-    except OSError as error:  # a full disk, say
-        raise UserError(f"{error}; --resume {folder} goes on after the last line") from error
-    except (RuntimeError, MemoryError) as error:
-        if args.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
-            raise UserError(f"--compile: {first_line(error)}; train without it") from error
-        if not is_out_of_memory(error):
-            raise
-        raise UserError(
-            f"--batch-size {args.batch_size}: {device} is out of memory; try a smaller one"
-        ) from error
     logits = [step.predict_logits(net, dataset, args.precision, flip) for flip in (False, True)]
     if ranks.rank() > 0:
         return facts
@@ -119,6 +96,45 @@ def run(args: Namespace, command: str, dataset: data.Dataset, start: float) -> d
     report.write_json(folder / "summary.json", summary)
     report.show(summary)
     return summary
+
+
+def facts_of(
+    net: nn.Module, trace: graph.Trace, dataset: data.Dataset, args: Namespace, command: str
+) -> dict[str, Any]:
+    """What is known of a run before its first step, for its config and summary."""
+    return {
+        "data": dataset.name,
+        "tested_on": f"{args.holdout:,} held-out training images" if args.holdout else "test split",
+        "net": args.net,
+        "recipe": args.recipe,
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "receptive_field": max(trace.receptive_field),
+        "multiply_adds": trace.multiply_adds,
+        "precision": args.precision,
+        "device": device_name(dataset.train_images.device),
+        "processes": ranks.count(),
+        "command": command,
+        "versions": versions(),
+    }
+
+
+@contextmanager
+def ending_in_one_line(args: Namespace, folder: Path, device: torch.device) -> Iterator[None]:
+    """Has what stops a training say in one line how to go on."""
+    try:
+        yield
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(f"--resume {folder} goes on after the last line") from interrupt
+    except OSError as error:  # a full disk, say
+        raise UserError(f"{error}; --resume {folder} goes on after the last line") from error
+    except (RuntimeError, MemoryError) as error:
+        if args.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+            raise UserError(f"--compile: {first_line(error)}; train without it") from error
+        if not is_out_of_memory(error):
+            raise
+        raise UserError(
+            f"--batch-size {args.batch_size}: {device} is out of memory; try a smaller one"
+        ) from error
 
 
 def run_folder(args: Namespace, data_name: str) -> Path:
@@ -156,11 +172,16 @@ def resume(training: Training, folder: Path, dataset: data.Dataset, args: Namesp
         raise UserError(
             f"--resume {folder}: last.pt does not fit this run: {first_line(error)}"
         ) from error
+    note_source(folder, args)
+    if ranks.rank() == 0:
+        report.write_history(folder, training.history)
+
+
+def note_source(folder: Path, args: Namespace) -> None:
+    """Have a run's config say where its images lie now."""
     config = checkpoint.load_config(folder)
     config["flags"] |= {"data": args.data, "data_dir": args.data_dir}
     write_config(folder, config)
-    if ranks.rank() == 0:
-        report.write_history(folder, training.history)
 
 
 def run_all(args: Namespace, argv: list[str]) -> None:
@@ -202,7 +223,9 @@ def repeat(args: Namespace, command: str, dataset: data.Dataset) -> None:
     there already are gone on with."""
     base = Path(args.resume or run_folder(args, dataset.name))
     folders = {seed: base / f"s{seed}" for seed in range(args.seed, args.seed + args.repeat)}
-    if not args.resume:
+    if args.resume:
+        note_source(base, args)
+    else:
         for folder in folders.values():
             refuse_existing(folder, dataset.train_images.device)
         write_config(base, {"flags": vars(args), "data": dataset.name, "command": command})

@@ -125,6 +125,9 @@ def test_repeats(tmp_path, capsys, no_pictures):
     errors = capsys.readouterr().err.splitlines()
     assert sum(f"--resume {folder} goes on with it" in line for line in errors) == 2
     assert not (folder / "s9").exists()
+    assert train.main(["--resume", str(folder), "--data-dir", str(tmp_path)]) == 0
+    for config in map(checkpoint.load_config, (folder, folder / "s3", folder / "s4")):
+        assert (config["flags"]["data_dir"], config["flags"]["resume"]) == (str(tmp_path), None)
 
 
 def test_seeds_that_were_interrupted(tmp_path, monkeypatch, capsys, no_pictures):
