@@ -94,9 +94,10 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 def floor_seconds(
     layers: list[graph.Layer], batch: int, dtype: torch.dtype, ceilings: Ceilings
 ) -> float:
-    """Under which no step gets: for each convolution the larger of its traffic – input, output and
-    weights once forward, twice backward – and its multiply-adds, norms and activations free; the
-    augmentation's uint8 read and output written; 5 × 4 bytes a parameter for the optimiser."""
+    """Under which no step gets (the roofline model, Williams et al. 2009): for each convolution the
+    larger of its traffic – input, output and weights once forward, twice backward – and its
+    multiply-adds, norms and activations free; the augmentation's uint8 read and output written;
+    5 × 4 bytes a parameter for the optimiser."""
     parameters = sum(layer.parameters for layer in layers)
     moved = batch * 3 * SIZE * SIZE * (1 + dtype.itemsize) + 5 * 4 * parameters
     total = moved / ceilings.bytes_per_second

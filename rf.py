@@ -9,6 +9,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -94,9 +95,9 @@ def show_effective(run: Path) -> None:
     low, high = zip(*(f.extent(SIZE // f.jump // 2) for f in traced.fields), strict=True)
     margin = max(-min(low), max(high) - SIZE + 1, 0)
     margin = (margin // jump + 1) * jump
-    line = torch.arange(-margin, SIZE + margin).abs() % (2 * SIZE - 2)
-    line = torch.minimum(line, 2 * SIZE - 2 - line)
-    inputs = data.normalize(images, dataset.mean, dataset.std)[:, :, line.unsqueeze(1), line]
+    inputs = data.normalize(images, dataset.mean, dataset.std).numpy()
+    sides = ((0, 0), (0, 0), (margin, margin), (margin, margin))
+    inputs = torch.from_numpy(np.pad(inputs, sides, mode="reflect"))
     heat = effective_receptive_field(traced.features, inputs)
     within = slice(margin, margin + SIZE)
     share = (heat[within, within].sum() / heat.sum()).item()

@@ -3,6 +3,7 @@ import shutil
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 import checkpoint
@@ -65,9 +66,34 @@ def test_effective_field_of_a_run(run, capsys):
     printed = capsys.readouterr().out
     assert "net136k on 60 test images of synthetic" in printed
     assert "theoretical receptive field  73 pixels" in printed
-    share = float(printed.split("inside 32×32")[1].split("%")[0])
-    assert 0 < share < 100
+    assert "gradient mass inside 32×32" in printed
     assert (run / "effective_rf.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_effective_field_of_a_known_net(run, capsys, monkeypatch):
+    net = nn.Sequential(nn.Conv2d(3, 1, 41, padding=20), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    net[0].weight.data.fill_(1)[:, :, 0] = 0.04  # in a row beside the image: under 4.55 %
+    monkeypatch.setattr(checkpoint, "load_net", lambda _: (net, {"net": "box"}))
+    assert rf.main(["--effective", str(run)]) == 0
+    printed = capsys.readouterr().out
+    assert f"effective receptive field    {(40 * 41) ** 0.5:.1f} pixels" in printed
+    assert f"gradient mass inside 32×32   {32**2 / (41 * 40.04):.1%}" in printed
+
+
+def test_images_are_mirrored_where_the_field_leaves_them(run, monkeypatch):
+    seen = []
+
+    def measured(features, inputs):
+        seen.append(inputs)
+        return torch.ones(inputs.shape[2:])
+
+    monkeypatch.setattr(rf, "effective_receptive_field", measured)
+    assert rf.main(["--effective", str(run)]) == 0
+    (inputs,) = seen
+    margin = (inputs.shape[2] - 32) // 2
+    image = inputs[:, :, margin : margin + 32, margin : margin + 32]
+    around = inputs[:, :, margin - 20 : margin + 52, margin - 20 : margin + 52]
+    assert torch.equal(around, F.pad(image, (20,) * 4, mode="reflect"))
 
 
 def test_mistakes_are_one_line(run, tmp_path, capsys):
