@@ -104,15 +104,15 @@ def run_epoch(
     start = time.perf_counter()
     epoch = len(training.history) + 1
     torch.manual_seed(args.seed * 1_000_003 + epoch)
-    line = train_epoch(training, take_step, dataset, args, bar)
+    trained = train_epoch(training, take_step, dataset, args, bar)
     ranks.share_statistics(training.net)
     logits = step.predict_logits(training.net, dataset, args.precision)
-    line["test_loss"] = F.cross_entropy(logits, dataset.test_labels).item()
-    line["test_accuracy"] = report.accuracy(logits, dataset.test_labels)
-    line["epoch"] = epoch
+    loss = F.cross_entropy(logits, dataset.test_labels).item()
+    accuracy = report.accuracy(logits, dataset.test_labels)
     training.elapsed += time.perf_counter() - start
-    training.history.append({key: line[key] for key in METRICS})
-    if args.target and line["test_accuracy"] >= args.target and training.reached is None:
+    tested = {"test_loss": loss, "test_accuracy": accuracy}
+    training.history.append({"epoch": epoch, **trained, **tested})
+    if args.target and accuracy >= args.target and training.reached is None:
         training.reached = {"epoch": epoch, "seconds": training.elapsed}
 
 
@@ -148,7 +148,3 @@ def sam_radius(args: Namespace, epoch: int) -> float:
     """That of sharpness-aware steps: late in a run they do what they do throughout (Zhou et al.
     2024, arxiv.org/abs/2410.10373), at a quarter of the cost."""
     return args.sam if epoch > args.epochs - args.epochs // 4 else 0.0
-
-
-METRICS = ("epoch", "lr", "train_loss", "train_accuracy", "test_loss", "test_accuracy")
-METRICS += ("seconds", "images_per_second", "skipped_steps")

@@ -1,13 +1,16 @@
 """The batches of an epoch, augmented one by one or several at once."""
 
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
+from torch import nn
 
 import data
 import epochs
 import flags
+from optimise import make_training
 
 DRAW_NOTHING = ["--flip-p", "0", "--affine-p", "0", "--cutout-p", "0"]
 
@@ -56,3 +59,13 @@ def test_some_thousand_images_are_augmented_at_once_on_a_gpu():
     for size, several in ((256, 16), (3000, 1), (10_000, 1)):
         assert epochs.batches_at_once(size, torch.device("cuda")) == several
     assert epochs.batches_at_once(256, torch.device("cpu")) == 1
+
+
+def test_an_epochs_figures_are_those_of_its_steps(dataset):
+    args = flags.parse_flags(["--batch-size", "8"])
+    training = make_training(nn.Conv2d(3, 4, 3), args, torch.device("cpu"), 7)
+    training.optimizer.step()
+    figures = iter(torch.tensor([[loss, 4, loss == 3] for loss in range(1, 8)], dtype=torch.float))
+    line = epochs.train_epoch(training, lambda *_: next(figures), dataset, args, Mock())
+    assert (line["train_loss"], line["train_accuracy"], line["skipped_steps"]) == (4, 0.5, 1)
+    assert line["images_per_second"] == pytest.approx(56 / line["seconds"])

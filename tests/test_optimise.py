@@ -103,13 +103,24 @@ def test_what_is_computed_in_float32_keeps_no_float32_for_backward():
     torch.testing.assert_close(found, expected)
 
 
+def test_sgd_is_nesterovs():
+    net = nn.Linear(1, 1)
+    args = flags.parse_flags(["--schedule", "step", "--lr", "1"])
+    optimizer = make_training(net, args, CPU, 9).optimizer
+    before, net.bias.grad = net.bias.item(), torch.ones(1)
+    optimizer.step()
+    assert net.bias.item() == pytest.approx(before - 1.9)  # the gradient, and 0.9 of its momentum
+
+
 @pytest.mark.parametrize("steps", [*range(2, 10), 1000])
 def test_onecycle_rises_and_falls_to_zero_however_short_the_run(steps):
     args = flags.parse_flags(["--epochs", "1", "--lr", "0.5"])
     training = make_training(nn.Conv2d(3, 4, 3), args, CPU, steps)
     rates = []
     for _ in range(steps):
-        rates.append(training.optimizer.param_groups[0]["lr"])
+        group = training.optimizer.param_groups[0]
+        rates.append(group["lr"])
+        assert group["momentum"] == 0.9
         training.optimizer.step()
         training.scheduler.step()
     assert rates[-1] < 1e-5
