@@ -37,10 +37,11 @@ class Policy:
 
 @dataclass(frozen=True)
 class Params:
-    """Drawn parameters of N images; what an image did not draw is 0 there (1 for factors)."""
+    """Drawn parameters of N images. Angle, scale and shift are drawn for all, and used where
+    `affine` says so; a hole or colours that an image did not draw are 0 (`alpha` 1)."""
 
     flip: Tensor  # bool (N,)
-    affine: Tensor  # bool (N,): whether the next three are used
+    affine: Tensor  # bool (N,)
     angle: Tensor  # float32 (N,), degrees
     scale: Tensor  # float32 (N, 2): x, y
     shift: Tensor  # float32 (N, 2): x, y, whole pixels

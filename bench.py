@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 
+import checkpoint
 import data
 import flags
 import graph
@@ -99,7 +100,7 @@ def epoch_ways(dataset: data.Dataset, net: str, precision: str) -> dict[str, flo
     if device.type == "cuda":
         flags_of |= {"ours, --eager": ["--eager"], "ours, --compile": ["--compile"]}
     for workers in sorted({2, CORES}):
-        reference = ["--augment", "albumentations", "--workers", str(workers), "--eager"]
+        reference = ["--augment", "albumentations", "--workers", str(workers)]
         flags_of[f"albumentations, {workers} workers"] = reference
     every = {
         name: ways.training(dataset, ways.settings(net, ways.BATCH, precision, *given))
@@ -203,7 +204,7 @@ def bench_startup(args: Namespace, argv: list[str]) -> None:
                 said = child.stderr.rpartition("error: ")[2]
                 raise UserError(f"train.py ended with status {child.returncode}: {said}")
             noted = json.loads(child.stdout.splitlines()[-1])
-            summary = json.loads((out / "summary.json").read_text())
+            summary = checkpoint.load_summary(out)
             rows[cache] = {
                 "first_step_seconds": noted["first_step_at"] - start,
                 "epochs_seconds": summary["training_seconds"],

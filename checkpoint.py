@@ -100,7 +100,8 @@ def load_history(run: Path) -> list[dict[str, Any]]:
 
 
 def load_predictions(run: Path) -> np.ndarray:
-    """Its test logits float32 (N, classes); errors as above."""
+    """The test logits float32 (N, classes) of the run in a folder. Raises UserError where they are
+    missing or damaged."""
     path = run / "predictions.npy"
     try:
         return np.load(path, allow_pickle=False)

@@ -5,7 +5,7 @@ averages the gradients. BatchNorm normalises by each process's own share. With o
 this is idle.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-S = TypeVar("S", bound=Sequence)
+S = TypeVar("S", range, Tensor)
 
 
 def rank() -> int:

@@ -183,18 +183,18 @@ def capture_stream() -> torch.cuda.Stream:
 
 
 @torch.no_grad()
-def predict_logits(net: nn.Module, data: Dataset, precision: str, flip: bool = False) -> Tensor:
+def predict_logits(net: nn.Module, dataset: Dataset, precision: str, flip: bool = False) -> Tensor:
     """Logits float32 (N, classes) of the test images; `flip` averages in their mirror images'.
 
     Several processes share the batches and sum what each has, zero where it has nothing.
     """
     net.eval()
-    images = data.test_images
+    images = dataset.test_images
     size = 500 if images.device.type == "cpu" else 2000
-    logits = torch.zeros(len(images), len(data.classes), device=images.device)
+    logits = torch.zeros(len(images), len(dataset.classes), device=images.device)
     for start in ranks.share(range(0, len(images), size)):
         batch = slice(start, start + size)
-        inputs = normalize(images[batch], data.mean, data.std)
+        inputs = normalize(images[batch], dataset.mean, dataset.std)
         logits[batch] = forward(net, inputs, precision)
         if flip:
             logits[batch] = (logits[batch] + forward(net, inputs.flip(3), precision)) / 2

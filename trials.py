@@ -1,6 +1,5 @@
 """Whole trainings beside each other: the nets, the recipe less one ingredient, other lengths."""
 
-import json
 import statistics
 from argparse import Namespace
 from pathlib import Path
@@ -90,7 +89,7 @@ def refuse_another(folder: Path, wanted: dict[str, Any]) -> None:
 
 def row_of(folders: list[Path]) -> dict[str, Any]:
     """One variant's runs as a row; accuracies are fractions, sd None for one seed."""
-    runs = [json.loads((folder / "summary.json").read_text()) for folder in folders]
+    runs = [checkpoint.load_summary(folder) for folder in folders]
     seconds = [line["seconds"] for folder in folders for line in checkpoint.load_history(folder)]
     row = {
         key: runs[0][key]

@@ -84,7 +84,7 @@ def test_startup(arguments, tmp_path):
     assert content["epochs"] == 1
     for row in content["cache"].values():
         seconds = row["first_step_seconds"], row["total_seconds"]
-        assert 0.5 < seconds[0] < seconds[1]
+        assert 0 < seconds[0] < seconds[1]
         assert row["epochs_seconds"] < row["total_seconds"]
         assert row["peak_memory_bytes"] > 2**27
     assert bench.main(["startup", "--data", "missing.tar"]) == 2

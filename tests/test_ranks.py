@@ -12,6 +12,7 @@ import pytest
 import torch
 from processes import start, together
 from test_data import files, write_tar
+from test_main_job import lines
 
 import checkpoint
 import data
@@ -22,10 +23,6 @@ import train
 CPU = torch.device("cpu")
 RUN = ["--device", "cpu", "--batch-size", "40", "--epochs", "4", "--lr", "0.1"]
 RUN += ["--net", "net136k", "--precision", "fp32"]
-
-
-def lines(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 @pytest.fixture(scope="module")
