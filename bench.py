@@ -32,7 +32,7 @@ import report
 import step
 import trials
 import ways
-from common import Parser, UserError, exit_status, require
+from common import Parser, UserError, exit_status, first_line, require
 from machine import (
     DEVICES,
     choose_device,
@@ -102,10 +102,15 @@ def epoch_ways(dataset: data.Dataset, net: str, precision: str) -> dict[str, flo
     for workers in sorted({2, CORES}):
         reference = ["--augment", "albumentations", "--workers", str(workers)]
         flags_of[f"albumentations, {workers} workers"] = reference
-    every = {
-        name: ways.training(dataset, ways.settings(net, ways.BATCH, precision, *given))
-        for name, given in flags_of.items()
-    }
+    every = {}
+    for name, given in flags_of.items():
+        settings = ways.settings(net, ways.BATCH, precision, *given)
+        try:
+            every[name] = ways.training(dataset, settings)
+        except RuntimeError as error:
+            if not settings.compile:
+                raise
+            print(f"{name}: left out: {first_line(error)}", file=sys.stderr)  # no compiler, say
     settings = ways.settings(net, ways.BATCH, precision)
     every["ours, sharpness-aware"] = ways.training(dataset, settings, settings.sam)
     for plain in ("bf16", "fp32"):
