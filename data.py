@@ -5,7 +5,9 @@ import socket
 import sys
 import tempfile
 import urllib.error
+import zlib
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -33,10 +35,13 @@ class Dataset:
     mean: Tensor
     std: Tensor
 
-    @property
+    @cached_property
     def trained_on(self) -> str:
         """What a checkpoint notes, and a resumed run has to have again."""
-        return f"{len(self.train_images):,} images of {self.name}"
+        check = 0
+        for tensor in (self.train_images, self.train_labels):
+            check = zlib.crc32(tensor.cpu().numpy(), check)
+        return f"{len(self.train_images):,} images of {self.name} (CRC {check:08x})"
 
 
 def load(

@@ -22,6 +22,8 @@ from common import Terminated, UserError, noting_sigterm
 from flags import policy_of
 from optimise import Training
 
+CALMER = "try a lower --lr or --precision fp32"
+
 
 def training_batches(dataset: data.Dataset, args: Namespace) -> Iterator[tuple[Tensor, Tensor]]:
     """One shuffled epoch as the net learns from it: inputs float32 (B, 3, 32, 32), augmented and
@@ -82,8 +84,7 @@ def train_epoch(
         if not math.isfinite(loss):
             number = len(training.history) * len(losses) + index + 1
             raise UserError(
-                f"the loss is {loss} at step {number}, learning rate {rates[index]:.4g}: "
-                "try a lower --lr or --precision fp32"
+                f"the loss is {loss} at step {number}, learning rate {rates[index]:.4g}: {CALMER}"
             )
     count = len(losses) * args.batch_size
     return {
@@ -108,6 +109,8 @@ def run_epoch(
     ranks.share_statistics(training.net)
     logits = step.predict_logits(training.net, dataset, args.precision)
     loss = F.cross_entropy(logits, dataset.test_labels).item()
+    if not math.isfinite(loss):  # the epoch's last step, whose loss was one before it
+        raise UserError(f"the test loss is {loss} after epoch {epoch}: {CALMER}")
     accuracy = report.accuracy(logits, dataset.test_labels)
     training.elapsed += time.perf_counter() - start
     tested = {"test_loss": loss, "test_accuracy": accuracy}

@@ -296,6 +296,7 @@ def _layer(node: fx.Node, target: Any, fields: Fields | None) -> Layer:
     kernel, stride, dilation, _ = _window(node, target) or [(1, 1)] * 4
     output = _shape(node)[1:]
     convolves = isinstance(target, nn.Conv2d | nn.Linear)
+    places = output[:-1] if isinstance(target, nn.Linear) else output[1:]
     slides = _slides(fields)
     return Layer(
         name=str(node.target) if node.op == "call_module" else node.name,
@@ -309,7 +310,7 @@ def _layer(node: fx.Node, target: Any, fields: Fields | None) -> Layer:
         jump=(fields[0].jump, fields[1].jump) if slides else None,
         receptive_field=_size(fields, _shape(node)) if slides else None,
         parameters=sum(p.numel() for p in getattr(target, "parameters", list)()),
-        multiply_adds=target.weight.numel() * math.prod(output[1:]) if convolves else 0,
+        multiply_adds=target.weight.numel() * math.prod(places) if convolves else 0,
     )
 
 

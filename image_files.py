@@ -17,7 +17,8 @@ from tqdm import tqdm
 from common import SIZE, UserError, check_sums, written_whole
 
 MAX_FILE_BYTES = 1 << 20  # a 32×32 image has a few kilobytes; what claims more is none
-MAX_ARCHIVE_BYTES = 2 << 30  # unpacked: half a million images
+MAX_ARCHIVE_BYTES = 2 << 30  # unpacked
+MAX_IMAGES = 1_000_000  # 3 GB of pixels
 CACHE_FORMAT = 2  # raise when what is cached changes
 
 Splits = dict[str, tuple[Tensor, Tensor]]  # "train" and "test": images, labels
@@ -79,6 +80,8 @@ def _decode(path: Path) -> tuple[list[str], Splits]:
         if tuple(inner) in decoded[split]:
             raise UserError(f"--data {path}: {name} is there twice")
         decoded[split][tuple(inner)] = _pixels(path, name, blob)
+        if sum(map(len, decoded.values())) > MAX_IMAGES:
+            raise UserError(f"--data {path}: more than {MAX_IMAGES:,} images")
     for split, images in decoded.items():
         if not images:
             raise UserError(f"--data {path}: no images in {split}/<class>/")

@@ -226,8 +226,8 @@ RECIPES = {
     "net176k": Recipe(
         {"optimizer": "sgd", "lr": 0.3, "momentum": 0.9, "schedule": "step", "dropout": 0.02}
         | {"flip_p": 0.5, "shift": 0.0625, "scale": 0.1, "rotate": 45.0, "affine_p": 0.5}
-        | {"cutout": 16, "fill": 0.4734 * 255},
-        TRUNCATED,
+        | {"cutout": 16, "fill": 0.4734 * 255, "sam": 0.0},
+        f"{TRUNCATED}; the momentum, published as plain, is Nesterov's here",
     ),
     # It flipped after the geometry; as all is drawn symmetrically, the images are the same.
     "net190k": Recipe(

@@ -7,6 +7,7 @@ import torch
 from test_data import files, write_tar
 from test_main_job import SMALL
 
+import checkpoint
 import data
 import step
 import train
@@ -76,6 +77,18 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, capsys):
     assert "at step " in error
     assert "learning rate" in error
     assert not (folder / "last.pt").exists()
+
+
+def test_weights_that_are_no_numbers_are_not_kept(tmp_path, capsys, no_pictures):
+    """The last step of epoch 7 ruins them: the loss before it, and in no other, is finite."""
+    folder = tmp_path / "run"
+    one_step = ["--epochs", "8", "--batch-size", "120", "--net", "net136k", "--sam", "1e30"]
+    assert train.main([*SMALL, *one_step, "--out", str(folder)]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: the test loss is nan after epoch 7: try a lower --lr")
+    content = checkpoint.load(folder / "last.pt")
+    assert len(content["history"]) == 6
+    assert all(value.isfinite().all() for value in content["net"].values())
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,11 @@ def test_modules(net, expected):
     assert_true(net, expected)
 
 
+def test_multiply_adds_of_a_linear_layer_for_every_row():
+    net = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(2), nn.Linear(64, 5))
+    assert [layer.multiply_adds for layer in trace(net).layers] == [8 * 48 * 64, 8 * 64 * 5]
+
+
 def test_axes_that_differ():
     net = nn.Sequential(nn.Conv2d(3, 4, (3, 5), padding=(1, 2)), nn.Conv2d(4, 4, (1, 3)))
     assert_true(net)

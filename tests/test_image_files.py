@@ -143,6 +143,13 @@ def test_a_member_that_is_there_twice_is_an_error(tmp_path):
         load(path)
 
 
+def test_more_images_than_fit(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_files, "MAX_IMAGES", 11)
+    with pytest.raises(UserError, match="more than 11 images"):
+        load(write_tar(tmp_path / "pets.tar", files()))
+    assert len(load(write_tar(tmp_path / "few.tar", files(train=3))).train_images) == 6
+
+
 @pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".tar.xz"])
 def test_no_truncated_archive_loads(tmp_path, suffix):
     path = tmp_path / f"pets{suffix}"

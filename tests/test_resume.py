@@ -1,13 +1,14 @@
 """A run gone on with, from outside: its flags, its data, its seeds."""
 
 import json
+import re
 import shutil
 import signal
 
 import numpy as np
 import pytest
 import torch
-from test_data import files, write_tar
+from test_data import files, png, write_folder, write_tar
 from test_main_job import SMALL, lines, timeless
 
 import checkpoint
@@ -85,7 +86,8 @@ def test_a_recipe_is_recorded_and_resumed(tmp_path, capsys, no_pictures):
 def test_a_resumed_run_keeps_its_data(finished, tmp_path, capsys):
     path = write_tar(tmp_path / "pets.tar", files(train=120))
     assert train.main(["--resume", str(finished[0]), "--data", str(path)]) == 2
-    assert "120 images of synthetic, not 120 images of pets" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert re.search(r"120 images of synthetic \(CRC \w+\), not 120 images of pets", error)
     assert train.main(["--resume", str(finished[0]), "--data-dir", str(tmp_path)]) == 0
     config = json.loads((finished[0] / "config.json").read_text())
     assert config["flags"]["data_dir"] == str(tmp_path)  # where export.py, say, is to look for it
@@ -93,7 +95,23 @@ def test_a_resumed_run_keeps_its_data(finished, tmp_path, capsys):
     other = shutil.copytree(finished[0], tmp_path / "run")
     (other / "config.json").write_text(json.dumps(config))
     assert train.main(["--resume", str(other)]) == 2
-    assert "120 images of synthetic, not 110 images" in capsys.readouterr().err
+    assert re.search(r"120 images of synthetic \(.*\), not 110 images", capsys.readouterr().err)
+
+
+def test_a_resumed_run_keeps_its_images_and_labels(tmp_path, no_pictures, capsys):
+    members = files(train=30)
+    folders = [tmp_path / name for name in ("a", "other images", "other labels")]
+    white = {"train/cat/0.png": png((255, 255, 255))}
+    first, second = "train/cat/0.png", "train/dog/0.png"
+    exchanged = {first: members[second], second: members[first]}
+    for folder, other in zip(folders, ({}, white, exchanged), strict=True):
+        write_folder(folder / "pets", members | other)
+    run = ["--net", "net136k", "--batch-size", "30", "--epochs", "1", "--device", "cpu"]
+    out = tmp_path / "run"
+    assert train.main([*run, "--data", str(folders[0] / "pets"), "--out", str(out)]) == 0
+    for folder, status in zip(folders, (0, 2, 2), strict=True):
+        assert train.main(["--resume", str(out), "--data", str(folder / "pets")]) == status
+    assert capsys.readouterr().err.count(", not 60 images of pets") == 2
 
 
 def test_a_run_that_has_ended_stays_as_it_is(finished, capsys):
