@@ -1,6 +1,6 @@
 """What is measured, against what, on which device.
 
-    python bench.py epoch | augment | startup | all [--data …]
+    python bench.py epoch | layers | augment | startup | all [--data …]
     python bench.py nets | recipes | ingredients | lengths [--epochs …] [--repeat N]
 
 Each prints a table and writes it, with device, versions and data set, to `results/`; `all` is all
@@ -65,8 +65,56 @@ def bench_epoch(args: Namespace, argv: list[str]) -> None:
     print(f"\n{title}; {device_name(device)}\n{format_rows(rows)}\n", flush=True)
     seconds = epoch_ways(dataset, args.net, precision)
     print(format_ways(seconds))
-    figures = {"title": title, "ceilings": vars(ceilings), "batch_sizes": rows}
-    write("epoch", device_name(device), argv, figures | {"ways_epoch_seconds": seconds})
+    figures = {"title": title, "data": dataset.name, "ceilings": vars(ceilings)}
+    figures |= {"batch_sizes": rows, "ways_epoch_seconds": seconds}
+    write("epoch", device_name(device), argv, figures)
+
+
+def bench_layers(args: Namespace, argv: list[str]) -> None:
+    """Forward and backward of each layer, beside the floor under it: where an epoch's time goes."""
+    device, batch = choose_device(args.device), ways.BATCH
+    dataset = load(args.data, device, batch)
+    layers = graph.trace(model.build(args.net, len(dataset.classes))).layers
+    precision = choose_precision("auto", device, layers)
+    dtype = step.DTYPES[precision]
+    ceilings = measure.measure_ceilings(device, dtype)
+    settings = ways.settings(args.net, batch, precision)
+    phases = ways.layers(dataset, settings, [layer.name for layer in layers])
+    rounds = 100 if device.type == "cuda" else 6
+    seconds = measure.phase_seconds(phases, device, rounds)
+    rows = [
+        {
+            "name": layer.name,
+            "kind": layer.kind,
+            "groups": layer.groups,
+            "output": layer.output,
+            "forward_seconds": batch * seconds[f"{layer.name} forward"],
+            "backward_seconds": batch * seconds[f"{layer.name} backward"],
+            "floor_seconds": measure.layer_floor_seconds(layer, batch, dtype, ceilings),
+        }
+        for layer in layers
+    ]
+    title = f"ms of each layer, batches of {batch}, {args.net} on {dataset.name}, {precision}"
+    print(f"\n{title}; {device_name(device)}\n{format_layers(rows)}")
+    figures = {"title": title, "data": dataset.name, "ceilings": vars(ceilings), "layers": rows}
+    write("layers", device_name(device), argv, figures)
+
+
+def format_layers(rows: list[dict[str, Any]]) -> str:
+    """In milliseconds; the last column is both directions to the floor under them."""
+    width = max(len(row["name"]) for row in rows)
+    lines = [
+        f"{'layer':<{width}} {'kind':<11} {'output':>9} {'groups':>6} "
+        f"{'forward':>8} {'backward':>8} {'floor':>8}  to it"
+    ]
+    for row in rows:
+        *taken, floor = (1000 * row[f"{part}_seconds"] for part in ("forward", "backward", "floor"))
+        ratio = f"{sum(taken) / floor:6.1f} ×" if floor else ""
+        lines.append(
+            f"{row['name']:<{width}} {row['kind']:<11} {'×'.join(map(str, row['output'])):>9} "
+            f"{row['groups']:6d} {taken[0]:8.3f} {taken[1]:8.3f} {floor:8.3f} {ratio}"
+        )
+    return "\n".join(lines)
 
 
 def load(source: str, device: torch.device, batch: int) -> data.Dataset:
@@ -123,15 +171,18 @@ def epoch_ways(dataset: data.Dataset, net: str, precision: str) -> dict[str, flo
 
 
 def format_rows(rows: list[dict[str, Any]]) -> str:
-    """In seconds an epoch."""
+    """In seconds an epoch; the epoch to its floor, and what its phases leave of it: time in which
+    the device has nothing to do."""
     names = ["epoch", *rows[0]["phases_seconds"], "floor"]
-    lines = ["batch " + " ".join(f"{name:>8}" for name in names) + f" {'memory':>9}"]
+    lines = ["batch " + " ".join(f"{name:>8}" for name in names) + "   to it  idle    memory"]
     for row in rows:
-        seconds = [row["epoch_seconds"], *row["phases_seconds"].values(), row["floor_seconds"]]
-        columns = zip(names, seconds, strict=True)
+        epoch, phases, floor = (row[f"{n}_seconds"] for n in ("epoch", "phases", "floor"))
+        columns = zip(names, [epoch, *phases.values(), floor], strict=True)
         figures = " ".join(f"{each:{max(len(name), 8)}.3f}" for name, each in columns)
+        idle = max(0.0, 1 - sum(phases.values()) / epoch)
         lines.append(
-            f"{row['batch_size']:5d} {figures} {row['peak_memory_bytes'] / 2**20:5,.0f} MiB"
+            f"{row['batch_size']:5d} {figures} {epoch / floor:5.1f} × {idle:5.1%} "
+            f"{row['peak_memory_bytes'] / 2**20:5,.0f} MiB"
         )
     return "\n".join(lines)
 
@@ -159,7 +210,8 @@ def bench_augment(args: Namespace, argv: list[str]) -> None:
     print(f"\n{title}; {device_name(device)}")
     for name, rate in rates.items():
         print(f"{name:<{width}} {rate:12,.0f} images/s {first / rate:6.1f} × ours")
-    write("augment", device_name(device), argv, {"title": title, "images_per_second": rates})
+    figures = {"title": title, "data": dataset.name, "images_per_second": rates}
+    write("augment", device_name(device), argv, figures)
 
 
 # train.py as a user starts it, but for a note of its first step's end and its largest memory.
@@ -223,7 +275,8 @@ def bench_startup(args: Namespace, argv: list[str]) -> None:
         *seconds, memory = row.values()
         figures = " ".join(f"{each:9.2f} s" for each in seconds)
         print(f"{cache:<4} {figures} {memory / 2**20:8,.0f} MiB")
-    write("startup", summary["device"], argv, {"title": title, "epochs": epochs, "cache": rows})
+    figures = {"title": title, "data": summary["data"], "epochs": epochs, "cache": rows}
+    write("startup", summary["device"], argv, figures)
 
 
 def bench_trainings(args: Namespace, argv: list[str]) -> None:
@@ -248,7 +301,7 @@ def write(name: str, device: str, argv: list[str], figures: dict[str, Any]) -> P
 
 
 def bench_all(args: Namespace, argv: list[str]) -> None:
-    for job in (bench_augment, bench_epoch, bench_startup):
+    for job in (bench_augment, bench_epoch, bench_layers, bench_startup):
         job(args, argv)
 
 
@@ -268,10 +321,11 @@ def main(argv: list[str]) -> int:
             return command
 
         epoch = add("epoch", bench_epoch, "an epoch, its phases, and other ways of it")
+        layers = add("layers", bench_layers, "each layer, forward and backward, beside its floor")
         add("augment", bench_augment, "images augmented a second, in several ways")
         startup = add("startup", bench_startup, "from a process's start to its first step and end")
         everything = add("all", bench_all, "all of these")
-        for command in (epoch, startup, everything):
+        for command in (epoch, layers, startup, everything):
             command.add_argument("--net", choices=model.NETS, default="atrous")
         for command in (epoch, everything):
             command.add_argument("--batch-size", type=count, nargs="+")

@@ -100,14 +100,19 @@ def floor_seconds(
     5 × 4 bytes a parameter for the optimiser."""
     parameters = sum(layer.parameters for layer in layers)
     moved = batch * 3 * SIZE * SIZE * (1 + dtype.itemsize) + 5 * 4 * parameters
-    total = moved / ceilings.bytes_per_second
-    for layer in layers:
-        if layer.multiply_adds:
-            values = batch * (math.prod(layer.input) + math.prod(layer.output)) + layer.parameters
-            traffic = 3 * values * dtype.itemsize / ceilings.bytes_per_second
-            arithmetic = 3 * batch * layer.multiply_adds / ceilings.multiply_adds_per_second
-            total += max(traffic, arithmetic)
-    return total
+    each = (layer_floor_seconds(layer, batch, dtype, ceilings) for layer in layers)
+    return moved / ceilings.bytes_per_second + sum(each)
+
+
+def layer_floor_seconds(
+    layer: graph.Layer, batch: int, dtype: torch.dtype, ceilings: Ceilings
+) -> float:
+    """One layer's part of that, forward and backward."""
+    if not layer.multiply_adds:
+        return 0.0
+    values = batch * (math.prod(layer.input) + math.prod(layer.output)) + layer.parameters
+    traffic = 3 * values * dtype.itemsize / ceilings.bytes_per_second
+    return max(traffic, 3 * batch * layer.multiply_adds / ceilings.multiply_adds_per_second)
 
 
 def reset_peak_memory(device: torch.device) -> None:

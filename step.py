@@ -34,10 +34,14 @@ def prepared(images: Tensor, policy: Policy | None, mean: Tensor, std: Tensor) -
 def forward(net: nn.Module, inputs: Tensor, precision: str) -> Tensor:
     """Logits float32 (N, classes) of normalised images float32 (N, 3, H, W)."""
     inputs = inputs.to(dtype=DTYPES[precision], memory_format=torch.channels_last)
-    # Without autocast's cache of weights, which a CUDA graph must not keep: each is used once.
-    options = {"enabled": precision != "fp32", "cache_enabled": False}
-    with torch.autocast(inputs.device.type, DTYPES[precision], **options):
+    with autocast(inputs.device, precision):
         return net(inputs).float()
+
+
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """Without the cache of weights, which a CUDA graph must not keep: each is used once."""
+    enabled = precision != "fp32"
+    return torch.autocast(device.type, DTYPES[precision], enabled, cache_enabled=False)
 
 
 def train_step(

@@ -75,6 +75,40 @@ def phases(dataset: data.Dataset, args: Namespace) -> Phases:
     }
 
 
+def layers(dataset: data.Dataset, args: Namespace, names: list[str]) -> Phases:
+    """Forward and backward of each of the net's layers by itself, on what it gets of a batch."""
+    learner, batch = _learner(dataset, args), args.batch_size
+    learner.net.train()
+    phases: Phases = {}
+
+    def add(name: str, layer: nn.Module, given: Tensor) -> None:
+        inputs = given.detach().requires_grad_(given.requires_grad)
+        wanted = [x for x in (inputs, *layer.parameters()) if x.requires_grad]
+        between: dict[str, Tensor] = {}
+
+        def forward() -> None:
+            with step.autocast(inputs.device, args.precision):
+                between["outputs"] = layer(inputs)
+
+        def backward() -> None:
+            outputs = between.pop("outputs")
+            torch.autograd.grad(outputs, wanted, outputs.detach())
+
+        phases[f"{name} forward"], phases[f"{name} backward"] = (forward, batch), (backward, batch)
+
+    def note(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
+        return lambda layer, given: add(name, layer, given[0])
+
+    hooks = [
+        learner.net.get_submodule(name).register_forward_pre_hook(note(name)) for name in names
+    ]
+    images = dataset.train_images[:batch]
+    step.forward(learner.net, data.normalize(images, dataset.mean, dataset.std), args.precision)
+    for hook in hooks:
+        hook.remove()
+    return phases
+
+
 def plain_loop(dataset: data.Dataset, args: Namespace) -> Way:
     """What one writes first: no augmentation, default layout, default optimiser."""
     device = dataset.train_images.device

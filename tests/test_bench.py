@@ -6,6 +6,8 @@ import pytest
 from test_data import files, png, write_tar
 
 import bench
+from graph import trace
+from model import build
 
 
 @pytest.fixture
@@ -68,6 +70,20 @@ def test_an_epoch_and_its_phases(arguments, briefly, tmp_path, capsys):
     assert all(seconds > 0 for seconds in ways.values())
 
 
+def test_every_layer_beside_its_floor(arguments, briefly, tmp_path, capsys):
+    assert bench.main(["layers", *arguments[1:3], "--net", "net136k", "--device", "cpu"]) == 0
+    _, title, heading, *rows, _ = capsys.readouterr().out.splitlines()
+    assert title.startswith("ms of each layer, batches of 256, net136k on pets")
+    layers = trace(build("net136k", 2)).layers
+    assert [row.split()[:2] for row in rows] == [[layer.name, layer.kind] for layer in layers]
+    assert max(map(len, [heading, *rows])) <= 80
+    content = result(tmp_path, "layers")
+    assert content["data"] == "pets"
+    for row, layer in zip(content["layers"], layers, strict=True):
+        assert row["forward_seconds"] > 0 < row["backward_seconds"]
+        assert (row["floor_seconds"] > 0) is (layer.multiply_adds > 0)
+
+
 def test_augmentations(arguments, briefly, tmp_path, capsys):
     pytest.importorskip("kornia", reason="pip install -r requirements-extra.txt")
     assert bench.main(["augment", *arguments[1:3], "--device", "cpu"]) == 0
@@ -92,10 +108,10 @@ def test_startup(arguments, tmp_path):
 
 def test_all_trains_no_variants(monkeypatch):
     called = []
-    for name in ("epoch", "augment", "startup", "trainings"):
+    for name in ("epoch", "layers", "augment", "startup", "trainings"):
         monkeypatch.setattr(bench, f"bench_{name}", lambda *_, name=name: called.append(name))
     assert bench.main(["all"]) == 0
-    assert called == ["augment", "epoch", "startup"]
+    assert called == ["augment", "epoch", "layers", "startup"]
 
 
 def test_nets_side_by_side(arguments, tmp_path, capsys):

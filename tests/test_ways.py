@@ -4,7 +4,9 @@ import pytest
 import torch
 
 import data
+import model
 import ways
+from graph import trace
 
 CPU = torch.device("cpu")
 
@@ -50,3 +52,25 @@ def test_training_goes_on_epoch_after_epoch(dataset):
         figures = torch.stack(list(islice(ways.training(dataset, settings)(), 5)))
         assert figures.isfinite().all()
         assert figures[-1, 0] < figures[0, 0]
+
+
+def test_a_layer_by_itself_does_what_it_does_in_the_net(dataset, monkeypatch):
+    """Each forward and backward runs; the layer's input is what the net gives it, in its type."""
+    settings = ways.settings("net176k", 16, "bf16", "--dropout", "0")
+    names = [layer.name for layer in trace(model.build("net176k", 10)).layers]
+    seen = []
+    grad = torch.autograd.grad
+
+    def spy(outputs, wanted, gradient):
+        seen.append((tuple(wanted[0].shape), outputs.dtype))
+        return grad(outputs, wanted, gradient)
+
+    monkeypatch.setattr(torch.autograd, "grad", spy)
+    phases = ways.layers(dataset, settings, names)
+    assert list(phases) == [f"{name} {way}" for name in names for way in ("forward", "backward")]
+    for job, images in phases.values():
+        job()
+        assert images == 16
+    assert seen[0] == ((32, 3, 3, 3), torch.bfloat16)  # the images themselves want no gradient
+    assert seen[1] == ((16, 32, 32, 32), torch.bfloat16)
+    assert len(seen) == len(names)
