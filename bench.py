@@ -174,11 +174,11 @@ def format_rows(rows: list[dict[str, Any]]) -> str:
     """In seconds an epoch; the epoch to its floor, and what its phases leave of it: time in which
     the device has nothing to do."""
     names = ["epoch", *rows[0]["phases_seconds"], "floor"]
-    lines = ["batch " + " ".join(f"{name:>8}" for name in names) + "   to it  idle    memory"]
+    lines = ["batch " + " ".join(f"{name:>7}" for name in names) + "   to it  idle    memory"]
     for row in rows:
         epoch, phases, floor = (row[f"{n}_seconds"] for n in ("epoch", "phases", "floor"))
         columns = zip(names, [epoch, *phases.values(), floor], strict=True)
-        figures = " ".join(f"{each:{max(len(name), 8)}.3f}" for name, each in columns)
+        figures = " ".join(f"{each:{max(len(name), 7)}.3f}" for name, each in columns)
         idle = max(0.0, 1 - sum(phases.values()) / epoch)
         lines.append(
             f"{row['batch_size']:5d} {figures} {epoch / floor:5.1f} × {idle:5.1%} "
