@@ -146,7 +146,9 @@ def epoch_ways(dataset: data.Dataset, net: str, precision: str) -> dict[str, flo
     device = dataset.train_images.device
     flags_of: dict[str, list[str]] = {"ours": []}
     if device.type == "cuda":
-        flags_of |= {"ours, --eager": ["--eager"], "ours, --compile": ["--compile"]}
+        flags_of |= {
+            f"ours, {flag}": [flag] for flag in ("--eager", "--compile", "--deterministic")
+        }
     for workers in sorted({2, CORES}):
         reference = ["--augment", "albumentations", "--workers", str(workers)]
         flags_of[f"albumentations, {workers} workers"] = reference
