@@ -57,9 +57,9 @@ def _kill_within_write(number, share):
 
 
 def _record(path):
-    """Save what this process drew and flipped in each epoch, and its net after the last."""
+    """Save what this process drew and flipped in each epoch, and its net after each."""
     share, run_epoch, apply = ranks.share, epochs.run_epoch, step.apply
-    seen, flipped = [], []
+    seen, flipped, nets = [], [], []
 
     def noted_share(items):
         mine = share(items)
@@ -73,10 +73,9 @@ def _record(path):
 
     def noted_epoch(training, *rest):
         run_epoch(training, *rest)
-        weights = {k: v.clone() for k, v in training.net.state_dict().items()}
+        nets.append({k: v.clone() for k, v in training.net.state_dict().items()})
         epochs = len(training.history)
-        noted = {"seen": seen, "flipped": flipped, "weights": weights, "epochs": epochs}
-        torch.save(noted, path)
+        torch.save({"seen": seen, "flipped": flipped, "nets": nets, "epochs": epochs}, path)
 
     ranks.share, epochs.run_epoch, step.apply = noted_share, noted_epoch, noted_apply
 

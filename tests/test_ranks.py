@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from processes import start, together
@@ -27,9 +28,9 @@ RUN += ["--net", "net136k", "--precision", "fp32"]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """The flags of the run, on 124 training images."""
+    """The flags of the run, on 124 training images; each process evaluates one batch."""
     path = tmp_path_factory.mktemp("data") / "pets.tar"
-    return [*RUN, "--data", str(write_tar(path, files(train=62, test=20)))]
+    return [*RUN, "--data", str(write_tar(path, files(train=62, test=270)))]
 
 
 @pytest.fixture(scope="module")
@@ -53,10 +54,10 @@ def test_each_process_draws_its_own_augmentation(pair):
     assert not (one == other).all(1).any()
 
 
-def test_the_processes_end_with_the_same_net(pair):
-    one, other = (rank["weights"] for rank in pair[1])
-    for name, value in one.items():
-        assert torch.equal(value, other[name]), name
+def test_the_processes_have_the_same_net_after_each_epoch(pair):
+    for one, other in zip(*(rank["nets"] for rank in pair[1]), strict=True):
+        for name, value in one.items():
+            assert torch.equal(value, other[name]), name
     saved = checkpoint.load(pair[0] / "run/model.pt")["state_dict"]
     assert all(torch.equal(value, saved[name]) for name, value in one.items())
 
@@ -66,6 +67,8 @@ def test_the_accuracy_is_that_of_one_process(pair, run):
     dataset = data.load(run[-1], None, CPU)
     net.to(memory_format=torch.channels_last)
     logits = step.predict_logits(net, dataset, "fp32")
+    written = torch.from_numpy(np.load(pair[0] / "run/predictions.npy"))
+    torch.testing.assert_close(written, logits)
     expected = report.accuracy(logits, dataset.test_labels)
     assert lines(pair[0] / "run")[-1]["test_accuracy"] == expected
     assert json.loads((pair[0] / "run/summary.json").read_text())["final_accuracy"] == expected
