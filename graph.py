@@ -24,6 +24,7 @@ POINTWISE += (nn.Dropout, nn.Dropout2d, nn.AlphaDropout)
 POINTWISE_NAMES = {
     *("relu", "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "softplus"),
     *("sigmoid", "tanh", "hardsigmoid", "hardswish", "hardtanh", "clamp", "dropout", "dropout2d"),
+    "stochastic_depth",  # torchvision's
     *("abs", "neg", "exp", "sqrt", "rsqrt", "square", "pow", "maximum", "minimum"),
     *("add", "iadd", "sub", "isub", "mul", "imul", "div", "truediv", "itruediv"),
     *("contiguous", "clone", "detach", "float", "half", "bfloat16", "to", "type"),

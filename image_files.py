@@ -121,7 +121,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode as RGB: turned as its EXIF says, on white where it is transparent."""
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # Pillow would clip 16 bits at 255
-        levels = np.asarray(image, dtype=np.float32)
+        levels = np.array(image, dtype=np.float32)
         levels /= 257 if image.mode.startswith("I;16") or levels.max() > 255 else 1
         image = Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
     if image.has_transparency_data:

@@ -169,8 +169,10 @@ def test_a_gate_sees_the_whole_image(kernel, expected):
 
 def test_torchvisions_nets():
     """435 and 212 are known of ResNet-18 and VGG-16 (Araujo et al. 2019)."""
-    from torchvision import models
+    from torchvision import models, ops
 
+    branch = nn.Sequential(conv(3, 3, 3), ops.StochasticDepth(0.5, "row"), conv(3, 3, 3))
+    assert receptive_field(branch) == 5
     assert receptive_field(models.resnet18(), (3, 224, 224)) == 435
     assert receptive_field(models.vgg16().features, (3, 224, 224)) == 212
     assert_true(models.mobilenet_v2(num_classes=2).features[:7], size=192)

@@ -76,6 +76,9 @@ def test_what_the_net_gets():
     assert pixels(Image.new("1", (9, 9), 1))[5, 5].tolist() == [255] * 3
     deep = Image.fromarray(np.full((40, 40), 257 * 99, dtype=np.uint16))
     assert pixels(deep)[5, 5].tolist() == [99] * 3
+    for floats in (np.full((40, 40), 99.0), np.full((40, 40), 257 * 99.0)):
+        image = Image.fromarray(floats.astype(np.float32))
+        assert predict.to_pixels(image)[5, 5].tolist() == [99] * 3
     palette = Image.new("P", (32, 32), 0)
     palette.info["transparency"] = 0
     assert pixels(palette)[5, 5].tolist() == [255] * 3
