@@ -87,6 +87,10 @@ MODULES = {
     "dilated stride": (nn.Sequential(nn.Conv2d(3, 4, 3, 2, 2, 2), nn.Conv2d(4, 2, 3, 1, 2, 2)), 13),
     "even kernel": (nn.Sequential(nn.Conv2d(3, 4, 2, 2, 1), nn.Conv2d(4, 4, 4, 1, 1)), 8),
     "same padding": (nn.Sequential(nn.Conv2d(3, 4, 4, padding="same"), nn.Conv2d(4, 4, 3)), 6),
+    "dilated same padding": (
+        Wrap(lambda m, x: m.a(x) + m.b(x), nn.Conv2d(3, 3, 3, 1, "same", 3), conv(3, 3, 5)),
+        7,
+    ),
     "pooled": (nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(3, 4, 3, padding=1)), 6),
     "maximum": (nn.Sequential(conv(3, 4, 3), nn.MaxPool2d(3, 2, 1, ceil_mode=True)), 5),
     "adaptive": (nn.Sequential(nn.AdaptiveAvgPool2d(48), conv(3, 4, 3)), 6),

@@ -64,6 +64,12 @@ def test_any_size_and_mode(run, tmp_path, capsys):
         assert sum(values) == pytest.approx(1, abs=1e-5)
 
 
+def test_images_are_normalised_as_the_net_was_trained(run, tmp_path, capsys):
+    name = save(tmp_path / "a.png", (143, 127, 127))  # 16 levels brighter, a quarter deviation
+    _, results, _ = classified(capsys, run, name)
+    assert results[name][0]["probability"] == pytest.approx(np.e / (np.e + 2))
+
+
 def pixels(image, **options):
     file = io.BytesIO()
     image.save(file, "PNG" if not options else "JPEG", **options)

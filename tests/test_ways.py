@@ -39,10 +39,18 @@ def test_every_augmentation_touches_as_many_images(dataset, monkeypatch):
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_a_plain_loop_learns(dataset, precision):
+def test_a_plain_loop_learns(dataset, precision, monkeypatch):
+    cross_entropy, seen = ways.F.cross_entropy, set()
+
+    def noting(logits, labels):
+        seen.add(logits.dtype)
+        return cross_entropy(logits, labels)
+
+    monkeypatch.setattr(ways.F, "cross_entropy", noting)
     torch.manual_seed(0)
     settings = ways.settings("net136k", 64, precision)
     losses = list(islice(ways.plain_loop(dataset, settings)(), 20))
+    assert seen == {ways.step.DTYPES[precision]}
     assert sum(losses[-5:]) < 0.97 * sum(losses[:5])
 
 
