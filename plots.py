@@ -118,9 +118,10 @@ def per_class(path: Path, labels: np.ndarray, logits: np.ndarray, classes: list[
     probabilities = torch.from_numpy(logits).softmax(1).numpy()
     predicted, confidence = probabilities.argmax(1), probabilities.max(1)
     right = predicted == labels
-    figure = Figure(figsize=(10, 3.6), layout="constrained")
-    left, middle = figure.subplots(1, 2)
     tested = np.unique(labels)  # --holdout may leave a class out
+    height = min(max(3.6, 0.16 * len(tested)), 100)  # inches: a line for each name
+    figure = Figure(figsize=(10, height), layout="constrained")
+    left, middle = figure.subplots(1, 2)
     accuracies = np.array([right[labels == k].mean() for k in tested])
     order = accuracies.argsort()
     bars = left.barh([classes[k] for k in tested[order]], 100 * accuracies[order], color=BLUE)

@@ -45,7 +45,7 @@ BAD_FLAGS = [
     (["--data", "two\nlines.tar"], "two\\nlines"),
 ]
 if not torch.cuda.is_available():
-    BAD_FLAGS.append((["--device", "cuda"], "--device cuda"))
+    BAD_FLAGS.append((["--device", "cuda"], "--device cuda: not available"))
 
 
 @pytest.mark.parametrize(("arguments", "named"), BAD_FLAGS, ids=lambda value: str(value))

@@ -91,6 +91,10 @@ def test_a_class_that_was_not_tested_has_no_bar(tmp_path, monkeypatch):
     plots.per_class(tmp_path / "classes.png", labels, logits, ["cat", "dog", "$_$"])
     assert seen == {"cat": 50, "$_$": 100}
     assert is_picture(tmp_path / "classes.png")
+    many = [f"class {k}" for k in range(100)]
+    plots.per_class(tmp_path / "classes.png", np.arange(100), np.eye(100), many)
+    with Image.open(tmp_path / "classes.png") as image:
+        assert image.height >= 100 * 18  # pixels
 
 
 class Brightest(nn.Module):
