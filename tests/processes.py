@@ -5,6 +5,8 @@ import multiprocessing
 import os
 import signal
 import socket
+import sys
+from unittest import mock
 
 import torch
 
@@ -18,12 +20,14 @@ import train
 
 # forks from a process that has imported everything and computed nothing
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["processes"])
+CONTEXT.set_forkserver_preload(["processes", "torch._inductor"])  # which PyTorch imports late
 
 
 def start(argv, **options):
     process = CONTEXT.Process(target=_run, args=(argv,), kwargs=options)
-    process.start()
+    # the one place where the forkserver of Python 3.11 looks for what it preloads (cpython#117378)
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
+        process.start()
     return process
 
 
