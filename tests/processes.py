@@ -84,17 +84,24 @@ def _record(path):
     ranks.share, epochs.run_epoch, step.apply = noted_share, noted_epoch, noted_apply
 
 
-def together(count, argv, folder):
-    """`count` processes that train one net; their exit codes."""
+def joined(count, argv, folder):
+    """`count` processes that train one net."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     shared |= {"TORCHELASTIC_RUN_ID": "test"}
-    processes = [
+    return [
         start(argv, rank={"RANK": r, "LOCAL_RANK": r, **shared}, record=folder / f"rank{r}.pt")
         for r in range(count)
     ]
+
+
+def exit_codes(processes):
     for process in processes:
         process.join(180)
     return [process.exitcode for process in processes]
+
+
+def together(count, argv, folder):
+    return exit_codes(joined(count, argv, folder))

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from processes import start, together
+from processes import exit_codes, joined, start, together
 from test_data import files, write_tar
 from test_main_job import lines
 
@@ -106,6 +106,16 @@ def test_resumed_by_another_number_of_processes(tmp_path, run):
     assert together(2, ["--resume", folder], tmp_path) == [0, 0]
     assert lines(folder)[: len(before)] == before
     assert [line["epoch"] for line in lines(folder)] == [1, 2, 3]
+
+
+def test_sigterm_to_one_process_ends_both(tmp_path, run):
+    folder = tmp_path / "run"
+    processes = joined(2, [*run, "--epochs", "400", "--out", folder], tmp_path)
+    while not (folder / "metrics.jsonl").exists():
+        assert processes[0].is_alive()
+        time.sleep(0.005)
+    processes[1].terminate()
+    assert exit_codes(processes) == [143, 143]
 
 
 @pytest.mark.slow
