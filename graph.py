@@ -29,7 +29,7 @@ POINTWISE_NAMES = {
     *("add", "iadd", "sub", "isub", "mul", "imul", "div", "truediv", "itruediv"),
     *("contiguous", "clone", "detach", "float", "half", "bfloat16", "to", "type"),
 }
-REDUCTIONS = ("mean", "sum", "amax", "amin")
+REDUCTIONS = {"mean", "sum", "amax", "amin"}
 ON_CHANNELS = {"cat": 1, "chunk": 2, "split": 2}  # where their argument `dim` stands
 POOLING_ARGUMENTS = ("input", "kernel_size", "stride", "padding", "dilation")
 
@@ -200,6 +200,9 @@ def _fields_behind(
     if not sliding and len(known) == len(inputs):
         return union(known)
     if len(after) != 4 and not _reduces(node, target, {2, 3}):
+        reduced = _name(target) in REDUCTIONS or {_name(n.target) for n in node.users} <= REDUCTIONS
+        if sliding and len(after) > 2 and not reduced:  # tokens, which what comes next may mix
+            raise _unaccounted(node, target)
         return None
     if len(known) < len(inputs):
         if sliding or after[2:] != (1, 1):  # a map again, of values from unknown places

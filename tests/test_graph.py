@@ -114,8 +114,14 @@ def test_modules(net, expected):
 
 
 def test_multiply_adds_of_a_linear_layer_for_every_row():
-    net = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.Flatten(2), nn.Linear(64, 5))
-    assert [layer.multiply_adds for layer in trace(net).layers] == [8 * 48 * 64, 8 * 64 * 5]
+    behind = nn.Flatten(), nn.Unflatten(1, (2, 4)), nn.Linear(4, 5)
+    net = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.AdaptiveAvgPool2d(1), *behind)
+    assert [layer.multiply_adds for layer in trace(net).layers] == [8 * 48 * 64, 0, 2 * 4 * 5]
+
+
+def test_a_pooling_may_take_two_steps():
+    for pool in (lambda x: x.flatten(2).mean(2), lambda x: x.mean(3).mean(2)):
+        assert receptive_field(Wrap(lambda m, x, pool=pool: pool(m.a(x)), conv(3, 4, 5))) == 5
 
 
 def test_axes_that_differ():
@@ -233,7 +239,8 @@ def shuffled(x):
 
 UNACCOUNTED = {
     "roll": lambda m, x: torch.roll(m.a(x), 1, 3),
-    "reshape": lambda m, x: m.b(shuffled(m.a(x))),
+    "view": lambda m, x: m.b(shuffled(m.a(x))),
+    "flatten": lambda m, x: m.a(x).flatten(2).softmax(2).mean(2),
     "interpolate": lambda m, x: F.interpolate(m.a(x), scale_factor=2),
     "transpose": lambda m, x: m.a(x).transpose(2, 3),
     "cat": lambda m, x: torch.cat([m.a(x), m.a(x)], 3),
