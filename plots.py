@@ -4,6 +4,7 @@ python plots.py RUN [RUN…] [--images 3 17 …]
 """
 
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,8 @@ def curves(path: Path, history: list[dict[str, Any]], title: str) -> None:
     left.plot(epochs, column("train_loss"), color=ORANGE, label="training")
     left.plot(epochs, column("test_loss"), color=BLUE, label="test")
     left.set_ylabel("cross-entropy, nats")
-    middle.plot(epochs, column("train_accuracy", 100), color=ORANGE, label="training, augmented")
+    seen = "training, as the net sees it"
+    middle.plot(epochs, column("train_accuracy", 100), color=ORANGE, label=seen)
     middle.plot(epochs, column("test_accuracy", 100), color=BLUE, label="test")
     middle.set_ylabel("accuracy, %")
     right.plot(epochs, column("lr"), color=GREEN)
@@ -49,10 +51,11 @@ def curves(path: Path, history: list[dict[str, Any]], title: str) -> None:
         axes.set_xlabel("epoch")
         axes.xaxis.get_major_locator().set_params(integer=True)
         if len(epochs) == 1:
+            axes.set_xticks(epochs)
             for line in axes.lines:
                 line.set_marker("o")
-    left.legend(loc="upper right")
-    middle.legend(loc="lower right")
+    left.legend()
+    middle.legend()
     figure.suptitle(title)
     _save(figure, path)
 
@@ -73,6 +76,10 @@ def image_grid(path: Path, images: np.ndarray, captions: list[str], title: str) 
     _save(figure, path)
 
 
+def shortened(names: list[str], length: int) -> list[str]:
+    return [name if len(name) <= length else name[: length - 1] + "…" for name in names]
+
+
 def mistakes(
     path: Path, images: np.ndarray, labels: np.ndarray, logits: np.ndarray, classes: list[str]
 ) -> None:
@@ -81,8 +88,9 @@ def mistakes(
     predicted = logits.argmax(1)
     wrong = np.flatnonzero(predicted != labels)
     wrong = wrong[np.argsort(-probabilities[wrong].max(1), kind="stable")]
+    names = shortened(classes, 12)
     captions = [
-        f"{classes[labels[i]]}\nas {classes[predicted[i]]} ({probabilities[i].max():.0%})"
+        f"{names[labels[i]]}\nas {names[predicted[i]]} ({probabilities[i].max():.0%})"
         for i in wrong[:32]
     ]
     title = f"{len(wrong):,} of {len(labels):,} test images are misclassified; the surest of them:"
@@ -95,7 +103,7 @@ def confusion(path: Path, labels: np.ndarray, logits: np.ndarray, classes: list[
     counts = np.zeros((len(classes), len(classes)), dtype=int)
     np.add.at(counts, (labels, logits.argmax(1)), 1)
     share = 100 * counts / counts.sum(1, keepdims=True).clip(min=1)
-    side = 2 + 0.5 * min(len(classes), 60)  # inches
+    side = max(4.5, 2 + 0.5 * min(len(classes), 60))  # inches
     figure = Figure(figsize=(side, side), layout="constrained")
     axes = figure.subplots()
     axes.grid(False)
@@ -104,8 +112,9 @@ def confusion(path: Path, labels: np.ndarray, logits: np.ndarray, classes: list[
         for (row, column), value in np.ndenumerate(share):
             colour = "white" if value > 50 else "black"
             axes.text(column, row, f"{value:.1f}", ha="center", va="center", color=colour, size=7)
-    axes.set_xticks(range(len(classes)), classes, rotation=45, ha="right")
-    axes.set_yticks(range(len(classes)), classes)
+    names = shortened(classes, 20)
+    axes.set_xticks(range(len(classes)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(classes)), names)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     axes.set_title("% of the true class's test images")
@@ -124,7 +133,9 @@ def per_class(path: Path, labels: np.ndarray, logits: np.ndarray, classes: list[
     left, middle = figure.subplots(1, 2)
     accuracies = np.array([right[labels == k].mean() for k in tested])
     order = accuracies.argsort()
-    bars = left.barh([classes[k] for k in tested[order]], 100 * accuracies[order], color=BLUE)
+    bars = left.barh(range(len(tested)), 100 * accuracies[order], color=BLUE)
+    names = shortened(classes, 20)
+    left.set_yticks(range(len(tested)), [names[k] for k in tested[order]])
     left.bar_label(bars, fmt="%.1f", padding=2, fontsize=7)
     left.set_xlim(0, 110)
     left.set_xlabel("test accuracy, %")
@@ -208,12 +219,13 @@ def effective_field(
 
 def draw_run(
     folder: Path,
-    title: str,
+    flags: dict[str, Any],
     dataset: data.Dataset,
     logits: np.ndarray,
     history: list[dict[str, Any]],
 ) -> None:
     """All that a run's metrics and test logits (N, classes) show."""
+    title = f"{flags.get('net')} on {dataset.name}, seed {flags.get('seed')}"
     labels = dataset.test_labels.cpu().numpy()
     images = dataset.test_images.permute(0, 2, 3, 1).cpu().numpy()
     curves(folder / "curves.png", history, title)
@@ -266,7 +278,7 @@ def redraw(run: Path, numbers: list[int] | None) -> list[dict[str, Any]]:
         raise UserError(
             f"{run / 'predictions.npy'} is not of {dataset.name}'s {count:,} test images"
         )
-    draw_run(run, run.name, dataset, logits, history)
+    draw_run(run, checkpoint.load_config(run)["flags"], dataset, logits, history)
     attention(run / "attention.png", attention_panels(run, dataset, numbers))
     return history
 
@@ -285,14 +297,15 @@ def main(argv: list[str]) -> int:
         histories = {str(run): redraw(run, args.images) for run in dict.fromkeys(args.runs)}
         if len(histories) > 1:
             comparison(args.out, histories)
-        for run in args.runs:
+        for run in histories:
             print(f"drawn: {run}/*.png")
 
     return exit_status(job)
 
 
 def _save(figure: Figure, path: Path) -> None:
-    with written_whole(path) as file:
+    with written_whole(path) as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph")  # a class may be named 日本
         figure.savefig(file, format="png", dpi=120)
 
 

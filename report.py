@@ -58,8 +58,7 @@ def write_outcome(
         "state_dict": {key: value.cpu() for key, value in net.state_dict().items()},
     }
     checkpoint.save(folder / "model.pt", content)
-    title = f"{args.net} on {dataset.name}, seed {args.seed}"
-    plots.draw_run(folder, title, dataset, logits.cpu().numpy(), history)
+    plots.draw_run(folder, vars(args), dataset, logits.cpu().numpy(), history)
     draw_examples(folder / "augmented.png", dataset, examples)
     best = max(history, key=lambda line: line["test_accuracy"])
     labels = dataset.test_labels
@@ -82,7 +81,8 @@ def draw_examples(path: Path, dataset: data.Dataset, examples: tuple[Tensor, Ten
     inputs, labels = (tensor[:32] for tensor in examples)
     images = inputs * dataset.std.view(-1, 1, 1) + dataset.mean.view(-1, 1, 1)
     images = images.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    captions = [dataset.classes[label] for label in labels.tolist()]
+    names = plots.shortened(dataset.classes, 20)
+    captions = [names[label] for label in labels.tolist()]
     plots.image_grid(
         path, images, captions, f"training images of {dataset.name} as the net sees them"
     )
@@ -119,7 +119,8 @@ def announce(facts: dict[str, Any], dataset: data.Dataset, folder: Path) -> None
 def show(summary: dict[str, Any]) -> None:
     """Print a run's summary."""
     print(
-        f"\nfinal test accuracy   {summary['final_accuracy']:.2%} on {summary['data']}"
+        f"\nfinal test accuracy   {summary['final_accuracy']:.2%} on {summary['data']}, "
+        f"{summary['tested_on']}"
         f"\nwith flip averaging   {summary['flip_accuracy']:.2%}"
         f"\nbest, of epoch {summary['best_epoch']:<6} {summary['best_accuracy']:.2%}"
         f"\ntotal                 {summary['total_seconds']:.1f} s"

@@ -80,21 +80,38 @@ def test_per_class_accuracy_and_calibration(tmp_path, monkeypatch):
 
 def test_a_class_that_was_not_tested_has_no_bar(tmp_path, monkeypatch):
     seen = {}
-    barh = Axes.barh
+    barh, set_yticks = Axes.barh, Axes.set_yticks
 
-    def spy(axes, names, shares, **style):
-        seen.update(zip(names, shares, strict=True))
-        return barh(axes, names, shares, **style)
+    def bars(axes, places, shares, **style):
+        seen.update(zip(places, shares, strict=True))
+        return barh(axes, places, shares, **style)
 
-    monkeypatch.setattr(Axes, "barh", spy)
+    def named(axes, places, names):
+        seen.update({name: seen.pop(place) for place, name in zip(places, names, strict=True)})
+        return set_yticks(axes, places, names)
+
+    monkeypatch.setattr(Axes, "barh", bars)
+    monkeypatch.setattr(Axes, "set_yticks", named)
     labels, logits = np.array([0, 0, 2]), np.eye(3)[[0, 2, 2]]
     plots.per_class(tmp_path / "classes.png", labels, logits, ["cat", "dog", "$_$"])
     assert seen == {"cat": 50, "$_$": 100}
     assert is_picture(tmp_path / "classes.png")
+    monkeypatch.undo()
+    labels, logits = np.arange(100), np.eye(100)
     many = [f"class {k}" for k in range(100)]
-    plots.per_class(tmp_path / "classes.png", np.arange(100), np.eye(100), many)
+    plots.per_class(tmp_path / "classes.png", labels, logits, many)
     with Image.open(tmp_path / "classes.png") as image:
         assert image.height >= 100 * 18  # pixels
+
+
+def test_names_of_any_length_and_script(tmp_path, recwarn):
+    names = ["日本", *("a long name " * 20 + end for end in "ab")]
+    assert plots.shortened(names, 5) == ["日本", "a lo…", "a lo…"]
+    labels, logits = np.array([0, 1, 2]), np.eye(3)
+    plots.confusion(tmp_path / "confusion.png", labels, logits, names)
+    plots.per_class(tmp_path / "classes.png", labels, logits, names)
+    assert is_picture(tmp_path / "confusion.png")
+    assert not recwarn.list
 
 
 class Brightest(nn.Module):
@@ -117,6 +134,7 @@ def run(tmp_path, monkeypatch):
     dataset.test_images[1, 1, 20:, 20:] = 255
     monkeypatch.setattr(checkpoint, "load_data", lambda *_: dataset)
     monkeypatch.setattr(checkpoint, "load_net", lambda _: (Brightest(), {}))
+    (tmp_path / "config.json").write_text('{"flags": {"net": "atrous", "seed": 3}}')
     np.save(tmp_path / "predictions.npy", np.eye(10, dtype=np.float32)[[*range(10)] * 6])
     line = json.dumps({"epoch": 1, "seconds": 2.0, **LINE})
     (tmp_path / "metrics.jsonl").write_text(line + "\n" + line + "\n")
@@ -134,8 +152,11 @@ def test_grad_cam_lights_up_what_was_predicted(run):
     assert np.argwhere(field).tolist() == [[16, 16]]
 
 
-def test_a_run_is_drawn_again(run, capsys):
+def test_a_run_is_drawn_again(run, monkeypatch):
+    titles, curves = [], plots.curves
+    monkeypatch.setattr(plots, "curves", lambda *args: titles.append(args[2]) or curves(*args))
     assert plots.main([str(run), "--images", "1", "5"]) == 0
+    assert titles == ["atrous on synthetic, seed 3"]
     for name in ("curves", "confusion", "mistakes", "classes", "attention"):
         assert is_picture(run / f"{name}.png"), name
     assert not (run.parent / "comparison.png").exists()
