@@ -41,7 +41,7 @@ class Dataset:
         check = 0
         for tensor in (self.train_images, self.train_labels):
             check = zlib.crc32(tensor.cpu().numpy(), check)
-        return f"{len(self.train_images):,} images of {self.name} (CRC {check:08x})"
+        return f"{len(self.train_images):,} images (CRC {check:08x})"
 
 
 def load(
@@ -71,6 +71,9 @@ def load(
         if holdout:
             splits["test"] = images[held], labels[held]
         images, labels = images[chosen], labels[chosen]
+        if len(left := labels.unique()) < len(classes):
+            lost = next(name for k, name in enumerate(classes) if k not in left)
+            raise UserError(f"--train-images and --holdout leave no training image of {lost}")
     mean, std = _channel_statistics(images)
     if not bool((std > 0).all()):
         raise UserError(f"{name}: a colour channel has one value in all training images")

@@ -10,16 +10,16 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
-from common import SIZE, UserError, check_sums, written_whole
+from common import SIZE, UserError, check_sums, first_line, written_whole
 
 MAX_FILE_BYTES = 1 << 20  # a 32×32 image has a few kilobytes; what claims more is none
 MAX_ARCHIVE_BYTES = 2 << 30  # unpacked
 MAX_IMAGES = 1_000_000  # 3 GB of pixels
-CACHE_FORMAT = 2  # raise when what is cached changes
+CACHE_FORMAT = 3  # raise when what is cached changes
 
 Splits = dict[str, tuple[Tensor, Tensor]]  # "train" and "test": images, labels
 
@@ -33,8 +33,7 @@ def read(path: Path) -> tuple[str, list[str], Splits]:
         key = _fingerprint(path)
     except OSError as error:
         raise UserError(f"--data {path} cannot be read: {error}") from error
-    cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    cache = cache_home / "atrous" / f"{name}-{key}.pt"
+    cache = _cache_home() / "atrous" / f"{name}-{key}.pt"
     if cache.exists():
         try:
             check_sums(cache)
@@ -50,6 +49,13 @@ def read(path: Path) -> tuple[str, list[str], Splits]:
     except OSError as error:
         print(f"warning: decoded images are not cached: {error}", file=sys.stderr)
     return name, classes, splits
+
+
+def _cache_home() -> Path:
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError as error:  # a user without a name, as in a container
+        raise UserError("no home folder for decoded images: set XDG_CACHE_HOME") from error
 
 
 def _fingerprint(path: Path) -> str:
@@ -84,7 +90,7 @@ def _decode(path: Path) -> tuple[list[str], Splits]:
             raise UserError(f"--data {path}: more than {MAX_IMAGES:,} images")
     for split, images in decoded.items():
         if not images:
-            raise UserError(f"--data {path}: no images in {split}/<class>/")
+            raise UserError(f"--data {path}: no images in {split}/<class>/ at its top")
     classes, test_classes = (sorted({c for c, _ in decoded[s]}) for s in ("train", "test"))
     if classes != test_classes:
         raise UserError(
@@ -114,7 +120,15 @@ def _pixels(path: Path, name: str, blob: bytes) -> np.ndarray:
     except UserError:
         raise
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and others
-        raise UserError(f"--data {path}: {name} is no whole PNG or JPEG image: {error}") from error
+        raise UserError(
+            f"--data {path}: {name} is no whole PNG or JPEG image: {why_unreadable(error)}"
+        ) from error
+
+
+def why_unreadable(error: Exception) -> str:
+    """What Pillow says of a file, on one line; its own words name a place in memory."""
+    unknown = isinstance(error, UnidentifiedImageError)
+    return "of no known format" if unknown else " ".join(str(error).split())
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -134,7 +148,14 @@ def _files(path: Path) -> Iterator[Path]:
     """Every file of a folder's train/ and test/, and what lies too deep there to be an image."""
     for folder in (path / "train", path / "test"):
         files = [f for depth in ("*", "*/*") for f in folder.glob(depth) if not f.is_dir()]
-        yield from sorted([*files, *folder.glob("*/*/*")])
+        files = sorted([*files, *folder.glob("*/*/*")])
+        yield from (f for f in files if not _is_hidden(f.relative_to(folder).parts))
+
+
+def _is_hidden(parts: tuple[str, ...]) -> bool:
+    """Whether a file is of a file manager's or an editor's making, as .DS_Store is."""
+    hidden = any(part.startswith(".") and part != ".." for part in parts)
+    return hidden or parts[-1] in ("Thumbs.db", "desktop.ini")
 
 
 def _folder_members(path: Path) -> Iterator[tuple[str, bytes]]:
@@ -180,6 +201,8 @@ def _archive_members(path: Path) -> Iterator[tuple[str, bytes]]:
                 parts = PurePosixPath(member.name).parts
                 if not parts or parts[0] not in ("train", "test") or member.isdir():
                     continue
+                if _is_hidden(parts):
+                    continue
                 last = "/".join(parts)
                 if not member.isreg():
                     raise UserError(f"--data {path}: {last} is a link or device, not an image")
@@ -197,5 +220,5 @@ def _archive_members(path: Path) -> Iterator[tuple[str, bytes]]:
     except Exception as error:  # tarfile, gzip, zlib and lzma each have errors of their own
         raise UserError(
             f"--data {path} is no whole .tar, .tar.gz or .tar.xz archive "
-            f"(last read: {last}): {error}"
+            f"(last read: {last}): {first_line(error).rstrip(':')}"
         ) from error

@@ -124,6 +124,13 @@ def test_subsets_are_balanced_disjoint_and_fixed():
         data.load("synthetic", None, CPU, train_images=4600, holdout=500)
 
 
+def test_no_class_is_left_without_a_training_image(tmp_path):
+    path = write_tar(tmp_path / "pets.tar", files(train=4))
+    with pytest.raises(UserError, match=r"leave no training image of (cat|dog)"):
+        load(path, holdout=7)
+    assert len(load(path, holdout=4).train_images) == 4
+
+
 def test_an_epoch_sees_every_image_once():
     torch.manual_seed(0)
     first = torch.cat(data.epoch_batches(100, 25, CPU))

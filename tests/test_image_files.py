@@ -2,6 +2,7 @@
 
 import gzip
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -118,6 +119,21 @@ def test_bad_members(tmp_path, kind, members, message):
 def test_images_of_one_colour_cannot_be_normalised(tmp_path):
     with pytest.raises(UserError, match="colour channel"):
         load(write_tar(tmp_path / "bad.tar", dict.fromkeys(files(), png((9, 9, 9)))))
+
+
+@pytest.mark.parametrize("write", [write_folder, write_tar])
+def test_what_a_file_manager_leaves_is_no_image(tmp_path, write):
+    hidden = "train/.DS_Store", "test/cat/._0.png", "train/dog/Thumbs.db", "train/.cache/0.png"
+    dataset = load(write(tmp_path / "pets", files() | dict.fromkeys(hidden, b"none")))
+    assert dataset.classes == ["cat", "dog"]
+    assert (len(dataset.train_images), len(dataset.test_images)) == (8, 4)
+
+
+def test_a_user_without_a_home(tmp_path, monkeypatch):
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", lambda: Path("~nobody here").expanduser())
+    with pytest.raises(UserError, match="set XDG_CACHE_HOME"):
+        load(write_tar(tmp_path / "pets.tar", files()))
 
 
 @pytest.mark.parametrize("name", ["train/../x.png", "train/cat/../x.png"])
