@@ -1,6 +1,7 @@
 """Checkpoints and nets: saved whole or not at all, loaded without running any code in them."""
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +27,10 @@ def load(path: Path) -> dict[str, Any]:
     try:
         check_sums(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"{path} is not there") from error
+    except (FileNotFoundError, NotADirectoryError) as error:
+        seeds = sorted(path.parent.glob("s[0-9]*"))
+        hint = f"; of --repeat's runs take one, as {seeds[0]}" if seeds else ""
+        raise UserError(f"{path} is not there{hint}") from error
     except Exception as error:  # a damaged file can fail in any way
         raise UserError(f"{path} is no whole checkpoint of atrous: {first_line(error)}") from error
     if not isinstance(content, dict) or not isinstance(content.get("format"), int):
@@ -60,7 +63,7 @@ def load_config(run: Path) -> dict[str, Any]:
     try:
         config = dict(json.loads(path.read_text()))
         return config | {"flags": dict(config["flags"])}
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"no run in {run}: {path} is missing") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
@@ -70,14 +73,17 @@ def load_data(run: Path, device: torch.device) -> data.Dataset:
     """The data set of the run in a folder. Raises UserError as `load_config` and `data.load` do,
     and where `--data` means another one by now: `auto` without a network, say."""
     config = load_config(run)
+    moved = f"if its images moved: python train.py --resume {shlex.quote(str(run))} --data …"
     try:
         name, flags = config["data"], config["flags"]
         source, folder = flags["data"], Path(flags["data_dir"])
         dataset = data.load(source, folder, device, flags["train_images"], flags["holdout"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{run / 'config.json'} is damaged: {error}") from error
+    except UserError as error:
+        raise UserError(f"{error}; {moved}") from error
     if dataset.name != name:
-        raise UserError(f"{run} was trained on {name}; its --data {source} is {dataset.name} here")
+        raise UserError(f"{run}: its --data {source} is {dataset.name} here, not {name}; {moved}")
     return dataset
 
 

@@ -2,7 +2,9 @@
 
 import argparse
 import importlib.util
+import io
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -23,6 +25,11 @@ class Terminated(Exception):
     """SIGTERM was heeded: what to say of it."""
 
 
+def going_on(folder: Path, how: str = "after the last line") -> str:
+    """What to do about a run that was interrupted."""
+    return f"--resume {shlex.quote(str(folder))} goes on {how}"
+
+
 def require(*packages: str) -> None:
     for package in packages:
         if importlib.util.find_spec(package) is None:
@@ -36,9 +43,15 @@ class Parser(argparse.ArgumentParser):
 
 def exit_status(job: Callable[[], None]) -> int:
     """Of a command: 0; 2 for a user's mistake, a full disk or device, 130 for Ctrl-C, 143 for
-    SIGTERM, each with its line on stderr."""
+    SIGTERM, each with its line on stderr; 141 where nobody reads on, as in `| head`."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name, or a terminal, need not be UTF-8
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         job()
+        print(end="", flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
+        return 141
     except (UserError, OSError) as error:
         print("error:", *str(error).split(), file=sys.stderr)  # a library's message has many lines
         return 2

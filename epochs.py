@@ -18,7 +18,7 @@ import data
 import ranks
 import report
 import step
-from common import Terminated, UserError, noting_sigterm
+from common import Terminated, UserError, going_on, noting_sigterm
 from flags import policy_of
 from optimise import Training
 
@@ -144,7 +144,7 @@ def run_epochs(training: Training, dataset: data.Dataset, args: Namespace, folde
                 tqdm.write(report.format_line(training.history[-1]))
                 sys.stdout.flush()
             if ranks.any_says(asked_to_end.is_set(), dataset.train_images.device):
-                raise Terminated(f"--resume {folder} goes on after the last line")
+                raise Terminated(going_on(folder))
 
 
 def sam_radius(args: Namespace, epoch: int) -> float:

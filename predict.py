@@ -19,9 +19,9 @@ from torch import Tensor, nn
 import checkpoint
 import data
 import step
-from common import SIZE, Parser, UserError, exit_status
+from common import SIZE, Parser, exit_status
 from flags import number
-from image_files import to_rgb
+from image_files import to_rgb, why_unreadable
 from machine import DEVICES, choose_device
 
 BATCH = 256
@@ -34,7 +34,7 @@ def to_pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(ImageOps.fit(rgb, (SIZE, SIZE), Image.Resampling.LANCZOS))
 
 
-def named_files(arguments: list[str]) -> Iterator[tuple[str, Path | BytesIO]]:
+def named_files(arguments: list[str], failed: list[str]) -> Iterator[tuple[str, Path | BytesIO]]:
     """Every file that the arguments name: of a folder all with the extension of an image, and
     standard input for `-`."""
     for argument in arguments:
@@ -46,21 +46,25 @@ def named_files(arguments: list[str]) -> Iterator[tuple[str, Path | BytesIO]]:
             files = [f for f in path.rglob("*") if kinds.get(f.suffix.lower()) in Image.OPEN]
             files = [file for file in files if file.is_file()]
             if not files:
-                raise UserError(f"{argument}: no image in that folder")
+                skip(argument, "no image in that folder", failed)
             yield from ((str(file), file) for file in sorted(files))
         else:
             yield argument, path
 
 
+def skip(name: str, why: str, failed: list[str]) -> None:
+    print(f"skipped: {name}: {why}", file=sys.stderr)
+    failed.append(name)
+
+
 def readable(arguments: list[str], failed: list[str]) -> Iterator[tuple[str, np.ndarray]]:
     """Names and pixels; what cannot be read is reported and its name goes to `failed`."""
-    for name, file in named_files(arguments):
+    for name, file in named_files(arguments, failed):
         try:
             with Image.open(file) as image:
                 yield name, to_pixels(image)
         except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and others
-            print(f"skipped: {name}: {' '.join(str(error).split())}", file=sys.stderr)
-            failed.append(name)
+            skip(name, why_unreadable(error), failed)
 
 
 def probabilities(
@@ -92,7 +96,6 @@ def classify(args: Namespace) -> bool:
     if args.json:
         print(json.dumps([{"image": name, "predictions": best} for name, best in results]))
         return not failed
-    sys.stdout.reconfigure(errors="backslashreplace")  # a file's name need not be UTF-8
     width = max((len(name) for name, _ in results), default=0)
     widest = max(map(len, classes))
     for name, best in results:

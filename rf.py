@@ -85,8 +85,10 @@ def show_effective(run: Path) -> None:
     theoretical field reaches, and draw it as RUN/effective_rf.png."""
     import checkpoint
     import data
+    import machine
     import plots
 
+    machine.keep_freed_memory()
     net, content = checkpoint.load_net(run / "model.pt")
     dataset = checkpoint.load_data(run, torch.device("cpu"))
     images = dataset.test_images[:: max(1, len(dataset.test_images) // 1000)]  # of every class
@@ -123,8 +125,9 @@ def main(argv: list[str]) -> int:
     def job() -> None:
         parser = Parser(prog="rf.py", description="Receptive field of a net, layer by layer.")
         parser.add_argument("--net", default="atrous", help="a net of model.py or zoo.py")
-        parser.add_argument("--json", action="store_true", help="the same as JSON, nothing else")
-        parser.add_argument("--effective", metavar="RUN", type=Path, help="measure a trained net's")
+        either = parser.add_mutually_exclusive_group()
+        either.add_argument("--json", action="store_true", help="the same as JSON, nothing else")
+        either.add_argument("--effective", metavar="RUN", type=Path, help="measure a trained net's")
         args = parser.parse_args(argv)
         if args.effective:
             show_effective(args.effective)

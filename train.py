@@ -27,7 +27,7 @@ import model
 import ranks
 import report
 import step
-from common import Terminated, UserError, exit_status, first_line, is_out_of_memory
+from common import Terminated, UserError, exit_status, first_line, going_on, is_out_of_memory
 from flags import describe_recipe, parse_flags
 from machine import (
     choose_device,
@@ -124,9 +124,9 @@ def ending_in_one_line(args: Namespace, folder: Path, device: torch.device) -> I
     try:
         yield
     except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt(f"--resume {folder} goes on after the last line") from interrupt
+        raise KeyboardInterrupt(going_on(folder)) from interrupt
     except OSError as error:  # a full disk, say
-        raise UserError(f"{error}; --resume {folder} goes on after the last line") from error
+        raise UserError(f"{error}; {going_on(folder)}") from error
     except (RuntimeError, MemoryError) as error:
         if args.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise UserError(f"--compile: {first_line(error)}; train without it") from error
@@ -144,7 +144,7 @@ def run_folder(args: Namespace, data_name: str) -> Path:
 def refuse_existing(folder: Path, device: torch.device) -> None:
     files = [folder / name for name in ("config.json", "last.pt", "summary.json")]
     if ranks.any_says(any(file.exists() for file in files), device):
-        way = f"--resume {folder} goes on with it" if files[0].exists() else "give another --out"
+        way = going_on(folder, "with it") if files[0].exists() else "give another --out"
         raise UserError(f"--out {folder}: a run is there already; {way}")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is not a folder")
@@ -164,7 +164,8 @@ def resume(training: Training, folder: Path, dataset: data.Dataset, args: Namesp
     state = checkpoint.load(folder / "last.pt")
     if state.get("data") != dataset.trained_on:
         raise UserError(
-            f"--resume {folder}: that run trains on {state.get('data')}, not {dataset.trained_on}"
+            f"--resume {folder}: that run trains on {state.get('data')}, "
+            f"not {dataset.name}'s {dataset.trained_on}"
         )
     try:
         training.load_state(state)
@@ -172,14 +173,14 @@ def resume(training: Training, folder: Path, dataset: data.Dataset, args: Namesp
         raise UserError(
             f"--resume {folder}: last.pt does not fit this run: {first_line(error)}"
         ) from error
-    note_source(folder, args)
+    note_source(folder, args, dataset.name)
     if ranks.rank() == 0:
         report.write_history(folder, training.history)
 
 
-def note_source(folder: Path, args: Namespace) -> None:
-    """Have a run's config say where its images lie now."""
-    config = checkpoint.load_config(folder)
+def note_source(folder: Path, args: Namespace, name: str) -> None:
+    """Have a run's config say where its images lie now, and their name there."""
+    config = checkpoint.load_config(folder) | {"data": name}
     config["flags"] |= {"data": args.data, "data_dir": args.data_dir}
     write_config(folder, config)
 
@@ -224,7 +225,7 @@ def repeat(args: Namespace, command: str, dataset: data.Dataset) -> None:
     base = Path(args.resume or run_folder(args, dataset.name))
     folders = {seed: base / f"s{seed}" for seed in range(args.seed, args.seed + args.repeat)}
     if args.resume:
-        note_source(base, args)
+        note_source(base, args, dataset.name)
     else:
         for folder in folders.values():
             refuse_existing(folder, dataset.train_images.device)
@@ -239,7 +240,7 @@ def repeat(args: Namespace, command: str, dataset: data.Dataset) -> None:
         try:
             summaries.append(run(each, command, dataset, time.perf_counter()))
         except (KeyboardInterrupt, Terminated) as ended:
-            raise type(ended)(f"--resume {base} goes on with this seed and the rest") from ended
+            raise type(ended)(going_on(base, "with this seed and the rest")) from ended
     if ranks.rank() == 0:
         report.write_repeats(base, summaries)
 

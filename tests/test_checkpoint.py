@@ -69,8 +69,16 @@ def test_a_data_set_that_is_another_by_now(tmp_path):
     config.write_text(json.dumps({"data": "synthetic", "flags": flags}))
     assert len(checkpoint.load_data(tmp_path, torch.device("cpu")).test_labels) == 20
     config.write_text(json.dumps({"data": "cifar10", "flags": flags}))
-    with pytest.raises(UserError, match="was trained on cifar10; its --data synthetic is synth"):
+    with pytest.raises(UserError, match="its --data synthetic is synthetic here, not cifar10"):
         checkpoint.load_data(tmp_path, torch.device("cpu"))
+
+
+def test_a_folder_of_several_runs_names_one(tmp_path):
+    (tmp_path / "s3").mkdir()
+    with pytest.raises(
+        UserError, match=f"is not there; of --repeat's runs take one, as {tmp_path}/s3"
+    ):
+        checkpoint.load_net(tmp_path / "model.pt")
 
 
 BAD = {

@@ -137,10 +137,13 @@ def test_a_name_that_is_not_utf8(run, tmp_path):
     assert b"\\udcff.png" in result.stdout
 
 
-def test_a_folder_without_images(run, tmp_path, capsys):
-    (tmp_path / "notes.pdf").touch()
-    assert predict.main([str(run), str(tmp_path)]) == 2
-    assert capsys.readouterr().err == f"error: {tmp_path}: no image in that folder\n"
+def test_a_folder_without_images_is_skipped(run, tmp_path, capsys):
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes/notes.pdf").touch()
+    good = save(tmp_path / "good.png", (9, 250, 9))
+    status, results, error = classified(capsys, run, tmp_path / "notes", good)
+    assert (status, list(results)) == (1, [good])
+    assert error == f"skipped: {tmp_path / 'notes'}: no image in that folder\n"
 
 
 def test_a_bad_file_is_skipped(run, tmp_path, capsys):
@@ -153,6 +156,8 @@ def test_a_bad_file_is_skipped(run, tmp_path, capsys):
     first, second = error.splitlines()
     assert first.startswith(f"skipped: {bad}: ")
     assert "gone.png" in second
+    bad.write_bytes(b"no image")
+    assert classified(capsys, run, bad)[2] == f"skipped: {bad}: of no known format\n"
 
 
 def test_text_is_aligned_and_in_batches(run, tmp_path, capsys, monkeypatch):

@@ -13,6 +13,7 @@ from test_main_job import SMALL, lines, timeless
 
 import checkpoint
 import epochs
+import plots
 import train
 
 
@@ -87,7 +88,7 @@ def test_a_resumed_run_keeps_its_data(finished, tmp_path, capsys):
     path = write_tar(tmp_path / "pets.tar", files(train=120))
     assert train.main(["--resume", str(finished[0]), "--data", str(path)]) == 2
     error = capsys.readouterr().err
-    assert re.search(r"120 images of synthetic \(CRC \w+\), not 120 images of pets", error)
+    assert re.search(r"on 120 images \(CRC \w+\), not pets's 120 images \(CRC", error)
     assert train.main(["--resume", str(finished[0]), "--data-dir", str(tmp_path)]) == 0
     config = json.loads((finished[0] / "config.json").read_text())
     assert config["flags"]["data_dir"] == str(tmp_path)  # where export.py, say, is to look for it
@@ -95,7 +96,7 @@ def test_a_resumed_run_keeps_its_data(finished, tmp_path, capsys):
     other = shutil.copytree(finished[0], tmp_path / "run")
     (other / "config.json").write_text(json.dumps(config))
     assert train.main(["--resume", str(other)]) == 2
-    assert re.search(r"120 images of synthetic \(.*\), not 110 images", capsys.readouterr().err)
+    assert re.search(r"120 images \(.*\), not synthetic's 110 images", capsys.readouterr().err)
 
 
 def test_a_resumed_run_keeps_its_images_and_labels(tmp_path, no_pictures, capsys):
@@ -111,7 +112,19 @@ def test_a_resumed_run_keeps_its_images_and_labels(tmp_path, no_pictures, capsys
     assert train.main([*run, "--data", str(folders[0] / "pets"), "--out", str(out)]) == 0
     for folder, status in zip(folders, (0, 2, 2), strict=True):
         assert train.main(["--resume", str(out), "--data", str(folder / "pets")]) == status
-    assert capsys.readouterr().err.count(", not 60 images of pets") == 2
+    assert capsys.readouterr().err.count(", not pets's 60 images") == 2
+
+
+def test_the_images_of_a_run_may_move(tmp_path, no_pictures, capsys):
+    here, there, out = (tmp_path / name for name in ("pets", "moved", "a run"))
+    write_folder(here, files(train=30))
+    run = ["--net", "net136k", "--batch-size", "30", "--epochs", "1", "--device", "cpu"]
+    assert train.main([*run, "--data", str(here), "--out", str(out)]) == 0
+    here.rename(there)
+    assert plots.main([str(out)]) == 2
+    assert f"images moved: python train.py --resume '{out}' --data" in capsys.readouterr().err
+    assert train.main(["--resume", str(out), "--data", str(there)]) == 0
+    assert checkpoint.load_data(out, torch.device("cpu")).name == "moved"
 
 
 def test_a_run_that_has_ended_stays_as_it_is(finished, capsys):

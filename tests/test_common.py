@@ -1,0 +1,32 @@
+"""What every command does with its output and its end."""
+
+import io
+import subprocess
+import sys
+from pathlib import Path
+
+import common
+
+
+def test_an_output_that_knows_no_unicode(monkeypatch):
+    output = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", output)
+    assert common.exit_status(lambda: print("2 × 2")) == 0
+    assert output.buffer.getvalue() == b"2 \\xd7 2\n"
+
+
+def test_an_output_that_nobody_reads():
+    job = "print('x' * 99)"
+    code = f"import common, sys; sys.exit(common.exit_status(lambda: {job}))"
+    command = [sys.executable, "-c", f"input(); {code}"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=Path(common.__file__).parent, **pipes)
+    process.stdout.close()
+    process.stdin.write(b"\n")
+    process.stdin.close()
+    assert process.wait() == 141
+    assert process.stderr.read() == b""
+
+
+def test_the_way_on_can_be_pasted():
+    assert common.going_on(Path("my run")).startswith("--resume 'my run' goes on")
