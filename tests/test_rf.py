@@ -106,6 +106,7 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
     assert "--net resnet" in error("--net", "resnet")
     assert "--jason" in error("--jason")
     assert "model.pt is not there" in error("--effective", tmp_path / "nowhere")
+    assert "not allowed with argument" in error("--effective", run, "--json")
     shutil.move(run / "config.json", run / "config.bak")
     assert "config.json is missing" in error("--effective", run)
     (run / "config.json").write_text('{"flags": {}}')
