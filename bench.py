@@ -7,14 +7,11 @@ Each prints a table and writes it, with device, versions and data set, to `resul
 of the first line.
 """
 
-import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 import tempfile
-import time
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
@@ -216,67 +213,27 @@ def bench_augment(args: Namespace, argv: list[str]) -> None:
     write("augment", device_name(device), argv, figures)
 
 
-# train.py as a user starts it, but for a note of its first step's end and its largest memory.
-CHILD = """
-import json, sys, time
-import torch
-import measure, step, train
-
-make_step, noted = step.make_step, {}
-
-def noting(*args):
-    take_step = make_step(*args)
-    def noting_the_first(*batch):
-        figures = take_step(*batch)
-        if not noted:
-            figures.cpu()
-            noted["first_step_at"] = time.time()
-        return figures
-    return noting_the_first
-
-step.make_step = noting
-status = train.main(sys.argv[1:])
-noted["peak_memory_bytes"] = measure.peak_memory(torch.device("cpu"))
-print(json.dumps(noted))
-sys.exit(status)
-"""
-
-
 def bench_startup(args: Namespace, argv: list[str]) -> None:
     """Seconds from the start of the process to its first step and to its end, pictures included;
     with the cache of decoded images cold, then warm."""
     device = choose_device(args.device)
     epochs = args.epochs or (40 if device.type == "cuda" else 1)
+    command = ["--data", args.data, "--net", args.net, "--device", args.device]
+    command += ["--epochs", str(epochs)]
     rows = {}
     with tempfile.TemporaryDirectory() as folder:
-        here = str(Path(__file__).parent)
-        path = os.pathsep.join(filter(None, (here, os.environ.get("PYTHONPATH"))))
-        environment = os.environ | {"XDG_CACHE_HOME": folder, "PYTHONPATH": path}
         for cache in ("cold", "warm"):
             out = Path(folder) / cache
-            command = [sys.executable, "-c", CHILD, "--data", args.data, "--net", args.net]
-            command += ["--device", args.device, "--epochs", str(epochs), "--out", str(out)]
-            start = time.time()
-            child = subprocess.run(command, env=environment, capture_output=True, text=True)
-            total = time.time() - start
-            if child.returncode:
-                said = child.stderr.rpartition("error: ")[2]
-                raise UserError(f"train.py ended with status {child.returncode}: {said}")
-            noted = json.loads(child.stdout.splitlines()[-1])
+            rows[cache] = measure.whole_run([*command, "--out", str(out)], cache_home=folder)
             summary = checkpoint.load_summary(out)
-            rows[cache] = {
-                "first_step_seconds": noted["first_step_at"] - start,
-                "epochs_seconds": summary["training_seconds"],
-                "total_seconds": total,
-                "peak_memory_bytes": noted["peak_memory_bytes"],
-            }
+            rows[cache]["epochs_seconds"] = summary["training_seconds"]
     title = f"a run of {epochs} epochs, {args.net} on {summary['data']}"
     print(f"\n{title}; {summary['device']}")
     print(f"cache first step      epochs       total {'host memory':>12}")
     for cache, row in rows.items():
-        *seconds, memory = row.values()
-        figures = " ".join(f"{each:9.2f} s" for each in seconds)
-        print(f"{cache:<4} {figures} {memory / 2**20:8,.0f} MiB")
+        parts = ("first_step", "epochs", "total")
+        figures = " ".join(f"{row[f'{part}_seconds']:9.2f} s" for part in parts)
+        print(f"{cache:<4} {figures} {row['peak_memory_bytes'] / 2**20:8,.0f} MiB")
     figures = {"title": title, "data": summary["data"], "epochs": epochs, "cache": rows}
     write("startup", summary["device"], argv, figures)
 

@@ -199,9 +199,9 @@ def _archive_members(path: Path) -> Iterator[tuple[str, bytes]]:
                 if member.offset_data + member.size > MAX_ARCHIVE_BYTES:
                     raise UserError(f"--data {path}: unpacks to over {MAX_ARCHIVE_BYTES >> 30} GiB")
                 parts = PurePosixPath(member.name).parts
-                if not parts or parts[0] not in ("train", "test") or member.isdir():
+                if not parts or parts[0] not in ("train", "test"):
                     continue
-                if _is_hidden(parts):
+                if member.isdir() or _is_hidden(parts):
                     continue
                 last = "/".join(parts)
                 if not member.isreg():

@@ -1,8 +1,12 @@
 """How speed is measured: ways that take turns, the phases of a step, memory, and the floor that a
 device's own ceilings set."""
 
+import json
 import math
+import os
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -14,7 +18,7 @@ from torch import Tensor
 
 import graph
 import step
-from common import SIZE
+from common import SIZE, UserError
 
 Way = Callable[[], Iterator[object]]  # of doing one batch after another, without an end
 Job = Callable[[], object]
@@ -128,6 +132,52 @@ def peak_memory(device: torch.device) -> int:
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status").read_text().split()
     return int(status[status.index("VmHWM:") + 1]) * 1024
+
+
+# train.py as a user starts it, but for a note of its first step's end and its largest memory.
+CHILD = """
+import json, sys, time
+import torch
+import measure, step, train
+
+make_step, noted = step.make_step, {}
+
+def noting(*args):
+    take_step = make_step(*args)
+    def noting_the_first(*batch):
+        figures = take_step(*batch)
+        if not noted:
+            figures.cpu()
+            noted["first_step_at"] = time.time()
+        return figures
+    return noting_the_first
+
+step.make_step = noting
+status = train.main(sys.argv[1:])
+noted["peak_memory_bytes"] = measure.peak_memory(torch.device("cpu"))
+print(json.dumps(noted))
+sys.exit(status)
+"""
+
+
+def whole_run(argv: list[str], cache_home: str) -> dict[str, float]:
+    """Seconds from the start of a process that runs train.py to the end of its first step and to
+    its own end, and its largest memory. Raises UserError where it fails."""
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"XDG_CACHE_HOME": cache_home, "PYTHONPATH": path}
+    command = [sys.executable, "-c", CHILD, *argv]
+    start = time.time()
+    child = subprocess.run(command, env=environment, capture_output=True, text=True)
+    total = time.time() - start
+    if child.returncode:
+        said = child.stderr.rpartition("error: ")[2]
+        raise UserError(f"train.py ended with status {child.returncode}: {said}")
+    noted = json.loads(child.stdout.splitlines()[-1])
+    return {
+        "first_step_seconds": noted["first_step_at"] - start,
+        "total_seconds": total,
+        "peak_memory_bytes": noted["peak_memory_bytes"],
+    }
 
 
 def _captured(jobs: list[Job]) -> list[Job]:

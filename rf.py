@@ -56,21 +56,21 @@ def show_layers(name: str, as_json: bool) -> None:
         print(json.dumps({"net": name, **totals, "receptive_field": side, "layers": layers}))
         return
     width = max(len(layer.name) for layer in traced.layers)
+    wide = max(len(layer.kind) for layer in traced.layers)
     print(
-        f"{'layer':<{width}} {'kind':<17} {'kernel':>6} {'stride':>6} {'dilation':>8} "
-        f"{'groups':>6} {'output':>10} {'jump':>4} {'field':>5} {'parameters':>10} "
-        f"{'multiply-adds':>13}"
+        f"{'layer':<{width}} {'kind':<{wide}} ker str dil grp {'output':>8} jump field "
+        f"{'weights':>7} {'mult-adds':>10}"
     )
     for layer in traced.layers:
         print(
-            f"{layer.name:<{width}} {layer.kind:<17} {_sides(layer.kernel):>6} "
-            f"{_sides(layer.stride):>6} {_sides(layer.dilation):>8} {layer.groups:6d} "
-            f"{'×'.join(map(str, layer.output)):>10} {_sides(layer.jump):>4} "
-            f"{_sides(layer.receptive_field):>5} {layer.parameters:10,d} {layer.multiply_adds:13,d}"
+            f"{layer.name:<{width}} {layer.kind:<{wide}} {_sides(layer.kernel):>3} "
+            f"{_sides(layer.stride):>3} {_sides(layer.dilation):>3} {layer.groups:3d} "
+            f"{'×'.join(map(str, layer.output)):>8} {_sides(layer.jump):>4} "
+            f"{_sides(layer.receptive_field):>5} {layer.parameters:7,d} {layer.multiply_adds:10,d}"
         )
     print(
-        f"\n{name}: {parameters:,} parameters, {traced.multiply_adds:,} multiply-adds an image, "
-        f"receptive field {side} before the global pooling"
+        f"\n{name}: {parameters:,} parameters, {traced.multiply_adds:,} multiply-adds, "
+        f"receptive field {side}"
     )
 
 
