@@ -32,6 +32,7 @@ def test_table(capsys):
     assert rf.main([]) == 0
     *rows, _, totals = capsys.readouterr().out.splitlines()
     assert len({len(row) for row in rows}) == 1  # aligned
+    assert len(rows[0]) <= 80
     assert "receptive field" in totals
     assert f"{sum(p.numel() for p in build('atrous', 10).parameters()):,} parameters" in totals
 
