@@ -6,10 +6,13 @@ from unittest.mock import Mock
 import pytest
 import torch
 from torch import nn
+from torch._subclasses import FakeTensorMode
 
 import data
 import epochs
 import flags
+import model
+import step
 from optimise import make_training
 
 DRAW_NOTHING = ["--flip-p", "0", "--affine-p", "0", "--cutout-p", "0"]
@@ -59,6 +62,23 @@ def test_some_thousand_images_are_augmented_at_once_on_a_gpu():
     for size, several in ((256, 16), (3000, 1), (10_000, 1)):
         assert epochs.batches_at_once(size, torch.device("cuda")) == several
     assert epochs.batches_at_once(256, torch.device("cpu")) == 1
+
+
+@pytest.mark.parametrize(
+    "colours", [[], ["--rgb-shift-p", "1", "--brightness-contrast-p", "1", "--fill", "9"]]
+)
+def test_no_value_is_asked_of_a_gpu_for_batches_and_logits(colours, dataset):
+    tensors = {key: each for key, each in vars(dataset).items() if torch.is_tensor(each)}
+    with FakeTensorMode():  # tensors of a GPU without one, and without values
+        with torch.device("cuda"):
+            net = model.build("atrous", 10)
+            there = {key: torch.empty(t.shape, dtype=t.dtype) for key, t in tensors.items()}
+        on_gpu = replace(dataset, **there)
+        batches = epoch(on_gpu, *colours)
+        logits = step.predict_logits(net, on_gpu, "fp32")
+    assert len(batches) == 7
+    assert all(tensor.is_cuda for batch in batches for tensor in batch)
+    assert logits.is_cuda
 
 
 def test_an_epochs_figures_are_those_of_its_steps(dataset):
