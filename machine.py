@@ -6,10 +6,13 @@ import os
 import subprocess
 import sys
 from contextlib import suppress
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 import graph
 from common import UserError
@@ -66,6 +69,15 @@ def choose_precision(name: str, device: torch.device, layers: list[graph.Layer])
         return "fp32"
     dense = sum(layer.multiply_adds for layer in layers if layer.groups == 1)
     return "bf16" if 2 * dense >= sum(layer.multiply_adds for layer in layers) else "fp32"
+
+
+def triton_kernels(x: Tensor) -> ModuleType | None:
+    """kernels.py, where x lies on a GPU for which Triton is installed."""
+    if not x.is_cuda or torch.compiler.is_compiling() or not find_spec("triton"):
+        return None
+    import kernels
+
+    return kernels
 
 
 def _is_fast_in_bf16(found: dict[str, Any]) -> bool:

@@ -11,12 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from machine import triton_kernels
+
 
 class Paired(nn.Module):
     """Kernels (C/2, 1 or 3, k, k) of a depthwise convolution, or of one of an image, and for the
     other half of its outputs their mirror images: (C, 1 or 3, k, k)."""
 
     def forward(self, kernels: Tensor) -> Tensor:
+        if self.training and (triton := triton_kernels(kernels)):
+            return triton.mirrored(kernels, None)
         return torch.cat([kernels, kernels.flip(3)])
 
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -30,6 +34,8 @@ class Mixed(nn.Module):
     """
 
     def forward(self, alike: Tensor, differing: Tensor) -> Tensor:
+        if self.training and (triton := triton_kernels(alike)):
+            return triton.mirrored(alike, differing)
         own = alike.lerp(differing, 0.5)
         half = torch.stack([own, own - differing])  # the weights of the inputs' first half
         return torch.stack([half, half.flip(0, 4)], 2).flatten(2, 3).flatten(0, 1)
@@ -49,9 +55,21 @@ def mirrored(convolution: nn.Conv2d) -> nn.Conv2d:
 
 class MirrorNorm(nn.BatchNorm2d):
     """BatchNorm of maps (N, 2 × num_features, H, W), whose halves share scale, shift and statistics
-    as if they were one map of twice the width."""
+    as if they were one map of twice the width; then `skip` is added, if given, and ReLU taken, if
+    there is one."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def __init__(self, num_features: int, relu: bool = False) -> None:
+        super().__init__(num_features)
+        self.relu = relu
+
+    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        if self.training and (triton := triton_kernels(x)):
+            return triton.norm(self, x, skip)
+        x = self.normalized(x)
+        x = x if skip is None else skip + x
+        return F.relu(x) if self.relu else x
+
+    def normalized(self, x: Tensor) -> Tensor:
         if not self.training:  # plainly, as other programs fold it into the convolution
             halves = (self.running_mean, self.running_var, self.weight, self.bias)
             return F.batch_norm(x, *(each.repeat(2) for each in halves), eps=self.eps)

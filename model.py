@@ -21,35 +21,41 @@ def build(name: str, num_classes: int, dropout: float = 0.0) -> nn.Module:
     raise UserError(f"--net {name}: unknown; there is {', '.join(NETS)}")
 
 
-def conv(inputs: int, outputs: int, kernel: int = 3, **options: int) -> nn.Sequential:
+def conv(
+    inputs: int, outputs: int, kernel: int = 3, relu: bool = True, **options: int
+) -> nn.Sequential:
     """Convolution without bias, padded by as much on each side to keep the map's size but for the
-    stride, and BatchNorm. A stride of 2 wants an even kernel: an odd one's centres, on every other
-    pixel, are not their own mirror image."""
+    stride, BatchNorm and ReLU. A stride of 2 wants an even kernel: an odd one's centres, on every
+    other pixel, are not their own mirror image."""
     padding = (options.get("dilation", 1) * (kernel - 1) + 2 - options.get("stride", 1)) // 2
     return nn.Sequential(
         mirrored(nn.Conv2d(inputs, outputs, kernel, padding=padding, bias=False, **options)),
-        MirrorNorm(outputs // 2),
+        MirrorNorm(outputs // 2, relu),
     )
 
 
 def separable(inputs: int, outputs: int, kernel: int = 3, **options: int) -> nn.Sequential:
-    """A depthwise convolution, then a 1×1 that mixes the channels, BatchNorm behind each."""
+    """A depthwise convolution, then a 1×1 that mixes channels, BatchNorm behind each, and ReLU."""
     return nn.Sequential(
-        *conv(inputs, inputs, kernel, groups=inputs, **options), *conv(inputs, outputs, 1)
+        *conv(inputs, inputs, kernel, relu=False, groups=inputs, **options),
+        *conv(inputs, outputs, 1),
     )
 
 
 class Residual(nn.Module):
-    """ReLU(x + branch(x)); the branch starts at zero, so that the block starts as the identity."""
+    """Layers whose last, a MirrorNorm, adds what they were given to what they make of it, before
+    its ReLU. It starts at zero, so that the block starts as the identity."""
 
-    def __init__(self, branch: nn.Sequential) -> None:
+    def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
-        self.branch = branch
-        self.relu = nn.ReLU()
-        nn.init.zeros_(branch[-1][-1].weight)
+        self.layers = nn.ModuleList(layers)
+        nn.init.zeros_(self.layers[-1].weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.relu(x + self.branch(x))
+        skip, *layers, norm = x, *self.layers
+        for layer in layers:
+            x = layer(x)
+        return norm(x, skip)
 
 
 def atrous(num_classes: int, dropout: float = 0.0) -> nn.Sequential:
@@ -60,17 +66,14 @@ def atrous(num_classes: int, dropout: float = 0.0) -> nn.Sequential:
     """
     return nn.Sequential(
         conv(3, 32),  # 32×32
-        nn.ReLU(),
-        Residual(nn.Sequential(conv(32, 32), nn.ReLU(), conv(32, 32))),
+        Residual(*conv(32, 32), *conv(32, 32)),
         conv(32, 96, 2, stride=2),  # 16×16
-        nn.ReLU(),
-        Residual(nn.Sequential(separable(96, 96), nn.ReLU(), separable(96, 96))),
-        Residual(nn.Sequential(separable(96, 96), nn.ReLU(), separable(96, 96, dilation=2))),
+        Residual(*separable(96, 96), *separable(96, 96)),
+        Residual(*separable(96, 96), *separable(96, 96, dilation=2)),
         separable(96, 208, 4, stride=2),  # 8×8
-        nn.ReLU(),
-        Residual(nn.Sequential(separable(208, 208, 5), nn.ReLU(), separable(208, 208))),
-        Residual(nn.Sequential(separable(208, 208), nn.ReLU(), separable(208, 208))),
-        Residual(nn.Sequential(separable(208, 208), nn.ReLU(), separable(208, 208))),
+        Residual(*separable(208, 208, 5), *separable(208, 208)),
+        Residual(*separable(208, 208), *separable(208, 208)),
+        Residual(*separable(208, 208), *separable(208, 208)),
         MirrorPool(),
         nn.Dropout(dropout),
         nn.Linear(104, num_classes),

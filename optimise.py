@@ -8,10 +8,12 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, StepLR
 
 import ranks
+from machine import triton_kernels
 
 
 @dataclass
@@ -51,6 +53,8 @@ def make_training(net: nn.Module, args: Namespace, device: torch.device, steps: 
     net.to(device, memory_format=torch.channels_last)
     if device.type == "cpu":
         keep_in_float32(net)
+    elif triton := triton_kernels(next(net.parameters())):
+        triton.take_over(net)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     optimizer = Muon(
         parameter_groups(net, args),
@@ -114,11 +118,24 @@ class Muon(torch.optim.SGD):
         alike = defaultdict(list)
         for gradient in gradients:
             alike[gradient.shape].append(gradient)
-        for shape, group in alike.items():
-            matrices = torch.stack(group).flatten(2)
-            _, rows, columns = matrices.shape
-            matrices = orthogonal(matrices) * max(1, rows / columns) ** 0.5
-            torch._foreach_copy_(group, matrices.view(-1, *shape).unbind())
+        stacks = [torch.stack(group).flatten(2) for group in alike.values()]
+        if gradients[0].is_cuda:
+            stacks = orthogonal_at_once(stacks)
+        else:
+            stacks = [orthogonal(stack) for stack in stacks]
+        for group, stack in zip(alike.values(), stacks, strict=True):
+            _, rows, columns = stack.shape
+            stack = stack * max(1, rows / columns) ** 0.5
+            torch._foreach_copy_(group, stack.reshape(-1, *group[0].shape).unbind())
+
+
+def orthogonal_at_once(stacks: list[Tensor]) -> list[Tensor]:
+    """`orthogonal` of each, padded with zeros to be one stack: a GPU takes as long for a product of
+    few small matrices as for one of many."""
+    rows, columns = (max(stack.shape[dim] for stack in stacks) for dim in (1, 2))
+    padded = [F.pad(s, (0, columns - s.shape[2], 0, rows - s.shape[1])) for s in stacks]
+    found = orthogonal(torch.cat(padded)).split([len(stack) for stack in stacks])
+    return [x[:, : s.shape[1], : s.shape[2]] for x, s in zip(found, stacks, strict=True)]
 
 
 def orthogonal(matrices: Tensor) -> Tensor:

@@ -11,6 +11,13 @@ from rf import receptive_field
 NONLINEAR = (nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.SiLU, nn.Dropout)
 
 
+class Sum(nn.Module):
+    """What is left of a norm that adds a skip, or of anything else pointwise."""
+
+    def forward(self, *maps):
+        return sum(maps)
+
+
 def measured(features, size):
     """Height and width of the receptive field, from the gradient of one central output.
 
@@ -19,7 +26,7 @@ def measured(features, size):
     for module in list(features.modules()):
         for name, child in module.named_children():
             if isinstance(child, NONLINEAR):
-                setattr(module, name, nn.Identity())
+                setattr(module, name, Sum())
             if isinstance(child, nn.MaxPool2d):
                 setattr(module, name, nn.AvgPool2d(child.kernel_size, child.stride, child.padding))
     for parameter in features.parameters():
