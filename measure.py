@@ -36,9 +36,9 @@ class Ceilings:
 def rates(
     ways: dict[str, Way], device: torch.device, warm_up: int, count: int, rounds: int = 5
 ) -> dict[str, float]:
-    """Batches a second of each way: the median of `rounds` times `count` batches, or of those begun
-    within a second, each behind `warm_up` more. The ways take turns: a machine's changes of speed
-    meet them alike."""
+    """Batches a second of each way: the median of `rounds` times `count` batches, or of those that
+    begin within two seconds, each behind `warm_up` more. The ways take turns: a machine's changes
+    of speed meet them alike."""
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
@@ -47,7 +47,7 @@ def rates(
                 pass
             _synchronize(device)
             start, done = time.perf_counter(), 0
-            while done < count and time.perf_counter() < start + 1:
+            while done < count and time.perf_counter() < start + 2:
                 next(batches)
                 done += 1
             _synchronize(device)

@@ -17,6 +17,8 @@ import synthetic
 signal.signal(signal.SIGINT, signal.default_int_handler)
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once a process
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on a CPU, slowly; read as they are imported
 
 
 def pytest_addoption(parser):

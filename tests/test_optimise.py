@@ -6,7 +6,7 @@ from torch import nn
 
 import flags
 from model import NETS, build
-from optimise import make_training
+from optimise import make_training, orthogonal, orthogonal_at_once
 
 CPU = torch.device("cpu")
 
@@ -27,6 +27,14 @@ def test_muon_follows_the_kernels_that_mix_channels():
     expected = {id(p) for m in convolutions if m.groups == 1 for p in m.parameters()}
     assert {id(kernel) for kernel in muon["params"]} == expected
     assert 0 < len(expected) < sum(p.ndim == 4 for p in net.parameters())
+
+
+def test_matrices_of_many_shapes_are_made_orthogonal_at_once():
+    torch.manual_seed(0)
+    for shapes in ([(3, 5, 7), (2, 9, 4), (4, 6, 6)], [(2, 9, 4), (1, 8, 3)]):
+        stacks = [torch.randn(shape) for shape in shapes]
+        for found, stack in zip(orthogonal_at_once(stacks), stacks, strict=True):
+            torch.testing.assert_close(found, orthogonal(stack), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("momentum", ["0", "0.9"])

@@ -1,0 +1,136 @@
+"""kernels.py against what PyTorch computes; on a CPU Triton interprets it."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import mirror
+import model
+import optimise
+
+triton = pytest.importorskip("triton")
+kernels = pytest.importorskip("kernels")
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) and DEVICE.type == "cpu"
+loops = pytest.mark.skipif(old, reason="this Triton's interpreter loops with numpy < 2.4 only")
+
+
+@pytest.fixture(autouse=True)
+def _seeded(monkeypatch):
+    torch.manual_seed(0)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+def maps(*shape, layout=torch.channels_last):
+    return torch.randn(shape, device=DEVICE).to(memory_format=layout).requires_grad_()
+
+
+def assert_same(found, expected, inputs):
+    """Values, and the gradients by every input."""
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    weights = torch.randn_like(expected)
+    gradients = [torch.autograd.grad(each, inputs, weights) for each in (found, expected)]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("channels", "kernel", "size", "options"),
+    [
+        (8, 3, 8, {"padding": 2, "dilation": 2}),
+        (40, 4, 8, {"padding": 1, "stride": 2}),
+        (8, 3, 7, {"padding": 0, "stride": 3, "dilation": 2}),
+        (8, 5, 6, {"padding": 2}),
+    ],
+)
+def test_depthwise(channels, kernel, size, options):
+    x, weight = maps(3, channels, size, size), maps(channels, 1, kernel, kernel)
+    found = kernels.depthwise(x, weight, **{"stride": 1, "dilation": 1} | options)
+    assert_same(found, F.conv2d(x, weight, groups=channels, **options), (x, weight))
+
+
+@loops
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("skips", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_norm(relu, skips, layout):
+    x = (3 + 2 * maps(3, 12, 5, 5, layout=layout)).detach().requires_grad_()
+    skip = maps(3, 12, 5, 5, layout=layout) if skips else None
+    layer = mirror.MirrorNorm(6, relu).to(DEVICE)
+    nn.init.uniform_(layer.weight), nn.init.normal_(layer.bias)
+    plain = copy.deepcopy(layer)
+    plain.weight, plain.bias = layer.weight, layer.bias
+    expected = plain.normalized(x)
+    expected = expected + skip if skips else expected
+    inputs = (x, layer.weight, layer.bias) + ((skip,) if skips else ())
+    assert_same(kernels.norm(layer, x, skip), F.relu(expected) if relu else expected, inputs)
+    torch.testing.assert_close(layer.state_dict(), plain.state_dict())
+    layer.track_running_stats = False
+    kernels.norm(layer, x, skip)
+    torch.testing.assert_close(layer.state_dict(), plain.state_dict())
+
+
+@loops
+def test_programs_share_rows_that_they_cannot_take_at_once():
+    x, layer = maps(8, 208, 33, 32), mirror.MirrorNorm(104).to(DEVICE)
+    assert kernels._Shape(x, 104).tiles > kernels.PROGRAMS.value
+    assert_same(kernels.norm(layer, x, None), layer.normalized(x), (x, layer.weight, layer.bias))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", [(4, 6, 3, 3), (4, 6, 1, 1), (5, 3, 3, 3), (5, 1, 4, 4)])
+def test_mirrored_weights(shape, layout):
+    sources = [maps(*shape, layout=layout) for _ in range(2 if shape[1] == 6 else 1)]
+    plain = (mirror.Mixed() if len(sources) == 2 else mirror.Paired()).eval()
+    assert_same(kernels.mirrored(*sources, *[None][len(sources) - 1 :]), plain(*sources), sources)
+
+
+def test_slow_convolutions_alone_are_taken_over():
+    options = (
+        {"groups": 4, "dilation": 2},
+        {"groups": 4, "stride": 2},
+        {"groups": 4},
+        {"groups": 4, "stride": 2, "bias": True},
+        {"groups": 4, "stride": (2, 1)},
+        {"groups": 2, "stride": 2},
+        {"stride": 2},
+    )
+    net = nn.ModuleList(nn.Conv2d(4, 4, 3, **{"bias": False} | each) for each in options)
+    net.append(nn.Conv2d(4, 8, 3, groups=4, stride=2, bias=False))
+    kernels.take_over(net)
+    assert ["forward" in vars(layer) for layer in net] == [True, True, *[False] * 6]
+    x = torch.randn(1, 4, 9, 9)
+    assert torch.equal(net[0](x), F.conv2d(x, net[0].weight, dilation=2, groups=4))
+
+
+@loops
+def test_a_net_learns_the_same(monkeypatch):
+    images, labels = torch.randn(4, 3, 8, 8, device=DEVICE), torch.arange(4, device=DEVICE)
+    plain = nn.Sequential(
+        model.conv(3, 8),
+        model.Residual(*model.conv(8, 8), *model.conv(8, 8)),
+        model.separable(8, 12, 4, stride=2),
+        model.Residual(*model.separable(12, 12), *model.separable(12, 12, dilation=2)),
+        mirror.MirrorPool(),
+        nn.Linear(6, 4),
+    ).to(DEVICE, memory_format=torch.channels_last)
+    for layer in plain.modules():
+        if isinstance(layer, mirror.MirrorNorm):
+            nn.init.uniform_(layer.weight)  # a branch's last is 0 before training
+    net = copy.deepcopy(plain)
+    gradients = {}
+    for each, chosen in ((plain, None), (net, kernels)):
+        for module in (mirror, optimise, kernels):
+            monkeypatch.setattr(module, "triton_kernels", lambda _, chosen=chosen: chosen)
+        if chosen:
+            kernels.take_over(each)
+        F.cross_entropy(each(images), labels).backward()
+        gradients[each] = [parameter.grad for parameter in each.parameters()]
+    for found, expected in zip(gradients[net], gradients[plain], strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(net.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
