@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from contextlib import suppress
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 import graph
-from common import UserError
+from common import UserError, first_line
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -72,11 +73,26 @@ def choose_precision(name: str, device: torch.device, layers: list[graph.Layer])
 
 
 def triton_kernels(x: Tensor) -> ModuleType | None:
-    """kernels.py, where x lies on a GPU for which Triton is installed."""
-    if not x.is_cuda or torch.compiler.is_compiling() or not find_spec("triton"):
-        return None
-    import kernels
+    """kernels.py, where x lies on a GPU that it works on."""
+    return _kernels_on(x.device) if x.is_cuda and not torch.compiler.is_compiling() else None
 
+
+@cache
+def _kernels_on(device: torch.device) -> ModuleType | None:
+    """None, and a warning, where Triton lacks what it compiles with, above all a C compiler."""
+    if not find_spec("triton"):
+        return None
+    try:
+        import kernels
+
+        kernels.mirrored(torch.zeros(1, 1, 1, 1, device=device), None)
+    except Exception as error:  # whatever Triton makes of it
+        print(
+            f"warning: Triton cannot compile here: {first_line(error)}; "
+            "training goes on by PyTorch's own kernels, more slowly",
+            file=sys.stderr,
+        )
+        return None
     return kernels
 
 

@@ -1,6 +1,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -56,3 +57,16 @@ def test_freed_memory_is_kept():
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     plain, kept = map(int, run.stdout.split())
     assert kept < plain / 10
+
+
+def test_without_a_compiler_for_kernels_pytorchs_own_are_taken(monkeypatch, capsys):
+    kernels = pytest.importorskip("kernels")
+    x = Mock(is_cuda=True, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    assert machine.triton_kernels(torch.ones(1)) is None
+    machine._kernels_on.cache_clear()
+    assert machine.triton_kernels(x) is kernels
+    monkeypatch.setattr(kernels, "mirrored", Mock(side_effect=RuntimeError("no C compiler\nTry")))
+    machine._kernels_on.cache_clear()
+    assert [machine.triton_kernels(x) for _ in range(2)] == [None, None]
+    assert capsys.readouterr().err.count("no C compiler; training goes on") == 1
+    machine._kernels_on.cache_clear()
