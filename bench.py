@@ -1,6 +1,6 @@
 """What is measured, against what, on which device.
 
-    python bench.py epoch | layers | augment | startup | all [--data …]
+    python bench.py epoch | layers | kernels | augment | startup | all [--data …]
     python bench.py nets | recipes | ingredients | lengths [--epochs …] [--repeat N]
 
 Each prints a table and writes it, with device, versions and data set, to `results/`; `all` is all
@@ -112,6 +112,22 @@ def format_layers(rows: list[dict[str, Any]]) -> str:
             f"{row['groups']:6d} {taken[0]:8.3f} {taken[1]:8.3f} {floor:8.3f} {ratio}"
         )
     return "\n".join(lines)
+
+
+def bench_kernels(args: Namespace, argv: list[str]) -> None:
+    """What one training step is made of: a GPU's kernels, or PyTorch's operations on a CPU."""
+    device, batch = choose_device(args.device), ways.BATCH
+    dataset = load(args.data, device, batch)
+    layers = graph.trace(model.build(args.net, len(dataset.classes))).layers
+    precision = choose_precision("auto", device, layers)
+    steps = ways.training(dataset, ways.settings(args.net, batch, precision))()
+    rows = measure.kernels(lambda: next(steps), device, rounds=16)
+    title = f"kernels of a step, a batch of {batch}, {args.net} on {dataset.name}, {precision}"
+    print(f"\n{title}; {device_name(device)}\n      µs  times")
+    for row in rows[:40]:
+        print(f"{1e6 * row['seconds']:8.1f} {row['count']:6.1f}  {row['name'][:64]}")
+    figures = {"title": title, "data": dataset.name, "kernels": rows}
+    write("kernels", device_name(device), argv, figures)
 
 
 def load(source: str, device: torch.device, batch: int) -> data.Dataset:
@@ -260,7 +276,7 @@ def write(name: str, device: str, argv: list[str], figures: dict[str, Any]) -> P
 
 
 def bench_all(args: Namespace, argv: list[str]) -> None:
-    for job in (bench_augment, bench_epoch, bench_layers, bench_startup):
+    for job in (bench_augment, bench_epoch, bench_layers, bench_kernels, bench_startup):
         job(args, argv)
 
 
@@ -281,10 +297,11 @@ def main(argv: list[str]) -> int:
 
         epoch = add("epoch", bench_epoch, "an epoch, its phases, and other ways of it")
         layers = add("layers", bench_layers, "each layer, forward and backward, beside its floor")
+        kernels = add("kernels", bench_kernels, "what a step is made of, by time")
         add("augment", bench_augment, "images augmented a second, in several ways")
         startup = add("startup", bench_startup, "from a process's start to its first step and end")
         everything = add("all", bench_all, "all of these")
-        for command in (epoch, layers, startup, everything):
+        for command in (epoch, layers, kernels, startup, everything):
             command.add_argument("--net", choices=model.NETS, default="atrous")
         for command in (epoch, everything):
             command.add_argument("--batch-size", type=count, nargs="+")

@@ -8,13 +8,17 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 
 import graph
 import step
@@ -74,6 +78,28 @@ def phase_seconds(phases: Phases, device: torch.device, rounds: int) -> dict[str
         name: statistics.median(taken[number :: len(phases)]) / images
         for number, (name, (_, images)) in enumerate(phases.items())
     }
+
+
+def kernels(job: Job, device: torch.device, rounds: int) -> list[dict[str, Any]]:
+    """What `job` has a GPU run, or PyTorch on a CPU: name, count and seconds, each in one job of
+    `rounds`; what takes longest first."""
+    on_gpu = device.type == "cuda"
+    activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
+    job()
+    with profile(activities=[activity], acc_events=True) as profiler:
+        for _ in range(rounds):
+            job()
+        _synchronize(device)
+    found: dict[str, list[float]] = defaultdict(list)
+    for event in profiler.events():
+        taken = event.time_range.elapsed_us() if on_gpu else event.self_cpu_time_total
+        if on_gpu == (event.device_type != DeviceType.CPU):
+            found[event.name].append(taken / 1e6)
+    rows = [
+        {"name": name, "count": len(taken) / rounds, "seconds": sum(taken) / rounds}
+        for name, taken in found.items()
+    ]
+    return sorted(rows, key=lambda row: -row["seconds"])
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:

@@ -30,12 +30,13 @@ def arguments(tmp_path, monkeypatch, no_pictures):
 @pytest.fixture
 def briefly(monkeypatch):
     """Everything is run, but once."""
-    rates, phases = bench.measure.rates, bench.measure.phase_seconds
+    rates, phases, kernels = bench.measure.rates, bench.measure.phase_seconds, bench.measure.kernels
     once = {"warm_up": 0, "count": 1, "rounds": 1}
     monkeypatch.setattr(
         bench.measure, "rates", lambda ways, device, **_: rates(ways, device, **once)
     )
     monkeypatch.setattr(bench.measure, "phase_seconds", lambda *jobs: phases(*jobs[:2], rounds=1))
+    monkeypatch.setattr(bench.measure, "kernels", lambda *jobs, **_: kernels(*jobs, rounds=1))
 
 
 def result(folder, name):
@@ -84,6 +85,17 @@ def test_every_layer_beside_its_floor(arguments, briefly, tmp_path, capsys):
         assert (row["floor_seconds"] > 0) is (layer.multiply_adds > 0)
 
 
+def test_what_a_step_is_made_of(arguments, briefly, tmp_path, capsys):
+    assert bench.main(["kernels", *arguments[1:3], "--net", "net136k", "--device", "cpu"]) == 0
+    assert max(map(len, capsys.readouterr().out.splitlines()[2:-1])) <= 80
+    rows = result(tmp_path, "kernels")["kernels"]
+    convolutions = sum(layer.kind == "Conv2d" for layer in trace(build("net136k", 10)).layers)
+    (backward,) = [row for row in rows if row["name"] == "aten::convolution_backward"]
+    assert backward["count"] == convolutions
+    assert 0 < backward["seconds"] < sum(row["seconds"] for row in rows)
+    assert rows == sorted(rows, key=lambda row: -row["seconds"])
+
+
 def test_augmentations(arguments, briefly, tmp_path, capsys):
     pytest.importorskip("kornia", reason="pip install -r requirements-extra.txt")
     assert bench.main(["augment", *arguments[1:3], "--device", "cpu"]) == 0
@@ -108,10 +120,10 @@ def test_startup(arguments, tmp_path):
 
 def test_all_trains_no_variants(monkeypatch):
     called = []
-    for name in ("epoch", "layers", "augment", "startup", "trainings"):
+    for name in ("epoch", "layers", "kernels", "augment", "startup", "trainings"):
         monkeypatch.setattr(bench, f"bench_{name}", lambda *_, name=name: called.append(name))
     assert bench.main(["all"]) == 0
-    assert called == ["augment", "epoch", "layers", "startup"]
+    assert called == ["augment", "epoch", "layers", "kernels", "startup"]
 
 
 def test_nets_side_by_side(arguments, tmp_path, capsys):
