@@ -1,47 +1,19 @@
-"""Triton kernels for where a GPU's time went: BatchNorm with what comes behind it, depthwise
-convolutions with a stride or dilation, and the weights of mirrored layers.
+"""Triton kernels for mirrored layers, where a GPU's time went: BatchNorm with what comes behind it,
+and the weights of convolutions.
 
 Maps are channels-last: matrices with a row for each pixel. No sum depends on which program ends
 first: the same inputs give the same bits.
 """
-
-from functools import partial
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
-
-from machine import triton_kernels
+from triton.language import constexpr
 
 LAST = torch.channels_last
-PROGRAMS = tl.constexpr(128)  # at most, that share the rows of a sum
-
-
-def take_over(net: nn.Module) -> None:
-    """Has this file compute the depthwise convolutions that cuDNN is slow at in channels-last, with
-    a stride or dilation: on an H100 in bf16 it took 481 and 637 µs for a batch of 256, forward and
-    backward, where this takes 74 and 77."""
-
-    def forward(layer: nn.Conv2d, x: Tensor) -> Tensor:
-        if not triton_kernels(x):
-            return type(layer).forward(layer, x)
-        return depthwise(x, layer.weight, layer.stride[0], layer.padding[0], layer.dilation[0])
-
-    for layer in net.modules():
-        if isinstance(layer, nn.Conv2d) and 1 < layer.groups == layer.in_channels:
-            windows = layer.kernel_size, layer.stride, layer.padding, layer.dilation
-            square = all(len(set(window)) == 1 for window in windows)
-            slow = layer.stride != (1, 1) or layer.dilation != (1, 1)
-            if slow and square and layer.out_channels == layer.groups and layer.bias is None:
-                layer.forward = partial(forward, layer)
-
-
-def depthwise(x: Tensor, weight: Tensor, stride: int, padding: int, dilation: int) -> Tensor:
-    """`conv2d(x, weight, None, stride, padding, dilation, C)` of square maps (N, C, W, W), weight
-    (C, 1, K, K); sums in float32."""
-    return _Depthwise.apply(x, weight, stride, padding, dilation)
+PROGRAMS = constexpr(128)  # at most, that share the rows of a sum
 
 
 def norm(layer: nn.BatchNorm2d, x: Tensor, skip: Tensor | None) -> Tensor:
@@ -119,17 +91,34 @@ class _Shape:
 
 
 @triton.jit
-def _moments(x, partial, rows, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def vector(base, column, C: constexpr):
+    return tl.load(base + column, mask=column < C, other=0).to(tl.float32)
+
+
+@triton.jit
+def matrix(base, at, there):
+    return tl.load(base + at, mask=there, other=0).to(tl.float32)
+
+
+@triton.jit
+def _let_through(dy, y, at, there):
+    """The gradient dy before a ReLU that gave y, if there was one."""
+    gradient = matrix(dy, at, there)
+    return gradient if y is None else tl.where(matrix(y, at, there) > 0, gradient, 0)
+
+
+@triton.jit
+def _moments(x, partial, rows, C: constexpr, ROWS: constexpr, BLOCK: constexpr):
     """Sums of x (rows, C) less its first row, and of the squares: partial (programs, 2, C)."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     column = tl.arange(0, BLOCK)
-    first = tl.load(x + column, mask=column < C, other=0).to(tl.float32)
+    first = vector(x, column, C)
     sums = tl.zeros([ROWS, BLOCK], tl.float32)
     squares = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(program * ROWS, rows, programs * ROWS):
         row = start + tl.arange(0, ROWS)
         there = (row < rows)[:, None] & (column < C)
-        value = tl.load(x + row[:, None] * C + column, mask=there, other=0).to(tl.float32)
+        value = matrix(x, row[:, None] * C + column, there)
         value = tl.where(there, value - first, 0)
         sums += value
         squares += value * value
@@ -138,28 +127,24 @@ def _moments(x, partial, rows, C: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.co
     tl.store(partial + C, tl.sum(squares, 0), mask=column < C)
 
 
-@triton.jit(do_not_specialize=["channels", "programs", "rows"])
-def _settle(
-    x, partial, saved, running_mean, running_var, count, channels, programs, rows, momentum, eps
-):
-    """From the sums, `saved` (2, channels): mean, and one over the standard deviation. The running
-    ones move towards them, if they are given."""
+@triton.jit(do_not_specialize=["C", "programs", "rows"])
+def _settle(x, partial, saved, running_mean, running_var, count, C, programs, rows, momentum, eps):
+    """From the sums, `saved` (2, C): mean, and one over the standard deviation. The running ones
+    move towards them, if they are given."""
     column = tl.program_id(0) * 16 + tl.arange(0, 16)
     program = tl.arange(0, PROGRAMS)
-    there = column < channels
+    there = column < C
     known = (program < programs)[:, None] & there
-    address = partial + program[:, None] * 2 * channels + column
-    shift = tl.sum(tl.load(address, mask=known, other=0), 0) / rows
-    square = tl.sum(tl.load(address + channels, mask=known, other=0), 0) / rows
-    mean = tl.load(x + column, mask=there, other=0).to(tl.float32) + shift
-    var = square - shift * shift
+    at = program[:, None] * 2 * C + column
+    shift = tl.sum(matrix(partial, at, known), 0) / rows
+    mean = matrix(x, column, there) + shift
+    var = tl.sum(matrix(partial + C, at, known), 0) / rows - shift * shift
     tl.store(saved + column, mean, mask=there)
-    tl.store(saved + channels + column, 1 / tl.sqrt(var + eps), mask=there)
+    tl.store(saved + C + column, 1 / tl.sqrt(var + eps), mask=there)
     if running_mean is not None:
-        before = tl.load(running_mean + column, mask=there)
+        before = matrix(running_mean, column, there)
         tl.store(running_mean + column, before + momentum * (mean - before), mask=there)
-        before = tl.load(running_var + column, mask=there)
-        unbiased = var * (rows / (rows - 1))
+        before, unbiased = matrix(running_var, column, there), var * (rows / (rows - 1))
         tl.store(running_var + column, before + momentum * (unbiased - before), mask=there)
         if tl.program_id(0) == 0:
             tl.store(count, tl.load(count) + 1)
@@ -174,23 +159,19 @@ def _normalize(
     bias,
     y,
     rows,
-    RELU: tl.constexpr,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    RELU: constexpr,
+    C: constexpr,
+    ROWS: constexpr,
+    BLOCK: constexpr,
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     there = (row < rows)[:, None] & (column < C)
     at = row[:, None] * C + column
-    mean = tl.load(saved + column, mask=column < C, other=0)
-    scale = tl.load(saved + C + column, mask=column < C, other=0)
-    scale *= tl.load(weight + column, mask=column < C, other=0)
-    offset = tl.load(bias + column, mask=column < C, other=0)
-    value = tl.load(x + at, mask=there, other=0).to(tl.float32)
-    value = (value - mean) * scale + offset
+    scale = vector(saved + C, column, C) * vector(weight, column, C)
+    value = (matrix(x, at, there) - vector(saved, column, C)) * scale + vector(bias, column, C)
     if skip is not None:
-        value += tl.load(skip + at, mask=there, other=0).to(tl.float32)
+        value += matrix(skip, at, there)
     if RELU:
         value = tl.maximum(value, 0)
     tl.store(y + at, value, mask=there)
@@ -198,37 +179,24 @@ def _normalize(
 
 @triton.jit
 def _gradient_sums(
-    dy,
-    y,
-    cut,
-    x,
-    saved,
-    partial,
-    rows,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    dy, y, cut, x, saved, partial, rows, C: constexpr, ROWS: constexpr, BLOCK: constexpr
 ):
     """Sums of dy, where the ReLU's output y let it through, and of its products with normalised x:
     partial (programs, 2, C). Such a dy is kept in `cut`, if that is given."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     column = tl.arange(0, BLOCK)
-    mean = tl.load(saved + column, mask=column < C, other=0)
-    scale = tl.load(saved + C + column, mask=column < C, other=0)
+    mean, scale = vector(saved, column, C), vector(saved + C, column, C)
     sums = tl.zeros([ROWS, BLOCK], tl.float32)
     products = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(program * ROWS, rows, programs * ROWS):
         row = start + tl.arange(0, ROWS)
         there = (row < rows)[:, None] & (column < C)
         at = row[:, None] * C + column
-        gradient = tl.load(dy + at, mask=there, other=0).to(tl.float32)
-        if y is not None:
-            gradient = tl.where(tl.load(y + at, mask=there, other=0) > 0, gradient, 0)
+        gradient = _let_through(dy, y, at, there)
         if cut is not None:
             tl.store(cut + at, gradient, mask=there)
-        value = tl.load(x + at, mask=there, other=0).to(tl.float32)
         sums += gradient
-        products += gradient * (value - mean) * scale
+        products += gradient * (matrix(x, at, there) - mean) * scale
     partial += program * 2 * C + column
     tl.store(partial, tl.sum(sums, 0), mask=column < C)
     tl.store(partial + C, tl.sum(products, 0), mask=column < C)
@@ -236,143 +204,17 @@ def _gradient_sums(
 
 @triton.jit
 def _gradient(
-    dy,
-    y,
-    x,
-    saved,
-    sums,
-    weight,
-    dx,
-    rows,
-    C: tl.constexpr,
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    dy, y, x, saved, sums, weight, dx, rows, C: constexpr, ROWS: constexpr, BLOCK: constexpr
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
     there = (row < rows)[:, None] & (column < C)
     at = row[:, None] * C + column
-    mean = tl.load(saved + column, mask=column < C, other=0)
-    scale = tl.load(saved + C + column, mask=column < C, other=0)
-    average = tl.load(sums + column, mask=column < C, other=0) / rows
-    slope = tl.load(sums + C + column, mask=column < C, other=0) / rows
-    factor = scale * tl.load(weight + column, mask=column < C, other=0)
-    gradient = tl.load(dy + at, mask=there, other=0).to(tl.float32)
-    if y is not None:
-        gradient = tl.where(tl.load(y + at, mask=there, other=0) > 0, gradient, 0)
-    value = (tl.load(x + at, mask=there, other=0).to(tl.float32) - mean) * scale
-    tl.store(dx + at, (gradient - average - value * slope) * factor, mask=there)
-
-
-class _Depthwise(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx, x: Tensor, weight: Tensor, stride: int, padding: int, dilation: int
-    ) -> Tensor:
-        n, channels, size, _ = x.shape
-        kernel = weight.shape[-1]
-        x, weight = x.contiguous(memory_format=LAST), weight.flatten(1).T.contiguous()
-        out = (size + 2 * padding - dilation * (kernel - 1) - 1) // stride + 1
-        y = torch.empty(n, channels, out, out, dtype=x.dtype, device=x.device, memory_format=LAST)
-        ctx.window = {"C": channels, "K": kernel, "S": stride, "P": padding, "D": dilation}
-        _slide(x, weight, y, ctx.window, transposed=False)
-        ctx.save_for_backward(x, weight)
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: FunctionCtx, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight = ctx.saved_tensors
-        dy, dx, dw = dy.contiguous(memory_format=LAST), None, None
-        if ctx.needs_input_grad[0]:
-            dx = torch.empty_like(x)
-            _slide(dy, weight, dx, ctx.window, transposed=True)
-        if ctx.needs_input_grad[1]:
-            n, out = len(x), dy.shape[-1]
-            partial = x.new_empty(n, *weight.shape, dtype=torch.float32)
-            pixels = triton.next_power_of_2(out * out)
-            grid = n, triton.cdiv(ctx.window["C"], 32)
-            _taps[grid](x, dy, partial, x.shape[-1], out, **ctx.window, PIXELS=pixels)
-            dw = partial.sum(0).T.unflatten(1, (1, ctx.window["K"], -1)).to(weight.dtype)
-        return dx, dw, None, None, None
-
-
-def _slide(x: Tensor, weight: Tensor, y: Tensor, window: dict[str, int], transposed: bool) -> None:
-    rows = y.numel() // window["C"]
-    grid = triton.cdiv(rows, 64), triton.cdiv(window["C"], 32)
-    _window[grid](x, weight, y, rows, x.shape[-1], y.shape[-1], transposed, **window)
-
-
-@triton.jit
-def _window(
-    x,
-    weight,
-    y,
-    rows,
-    size,
-    out,
-    TRANSPOSED: tl.constexpr,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    S: tl.constexpr,
-    P: tl.constexpr,
-    D: tl.constexpr,
-):
-    """y (N, out, out, C) from x (N, size, size, C) and kernels (K × K, C) with stride S, padding P
-    and dilation D; or, transposed, x from y: the gradient of the one from that of the other."""
-    row = tl.program_id(0) * 64 + tl.arange(0, 64)
-    channel = tl.program_id(1) * 32 + tl.arange(0, 32)
-    image, pixel = row // (out * out), row % (out * out)
-    out_y, out_x = pixel // out, pixel % out
-    total = tl.zeros([64, 32], tl.float32)
-    for tap in tl.static_range(K * K):
-        if TRANSPOSED:
-            at_y, at_x = out_y + P - tap // K * D, out_x + P - tap % K * D
-            inside = (at_y % S == 0) & (at_x % S == 0) & (at_y >= 0) & (at_x >= 0)
-            at_y, at_x = at_y // S, at_x // S
-        else:
-            at_y, at_x = out_y * S - P + tap // K * D, out_x * S - P + tap % K * D
-            inside = (at_y >= 0) & (at_x >= 0)
-        inside = inside & (at_y < size) & (at_x < size) & (row < rows)
-        place = (image * size + at_y) * size + at_x
-        there = inside[:, None] & (channel < C)
-        value = tl.load(x + place[:, None] * C + channel, mask=there, other=0)
-        factor = tl.load(weight + tap * C + channel, mask=channel < C, other=0)
-        total += value.to(tl.float32) * factor.to(tl.float32)
-    there = (row < rows)[:, None] & (channel < C)
-    tl.store(y + row[:, None] * C + channel, total, mask=there)
-
-
-@triton.jit
-def _taps(
-    x,
-    dy,
-    partial,
-    size,
-    out,
-    C: tl.constexpr,
-    K: tl.constexpr,
-    S: tl.constexpr,
-    P: tl.constexpr,
-    D: tl.constexpr,
-    PIXELS: tl.constexpr,
-):
-    """For one image and each tap the sum of dy × x where the tap lies: partial (N, K × K, C)."""
-    image = tl.program_id(0)
-    channel = tl.program_id(1) * 32 + tl.arange(0, 32)
-    pixel = tl.arange(0, PIXELS)
-    out_y, out_x = pixel // out, pixel % out
-    there = (pixel < out * out)[:, None] & (channel < C)
-    place = (image * out * out + pixel)[:, None] * C + channel
-    gradient = tl.load(dy + place, mask=there, other=0).to(tl.float32)
-    for tap in tl.static_range(K * K):
-        at_y, at_x = out_y * S - P + tap // K * D, out_x * S - P + tap % K * D
-        inside = (at_y >= 0) & (at_x >= 0) & (at_y < size) & (at_x < size)
-        place = ((image * size + at_y) * size + at_x)[:, None] * C + channel
-        value = tl.load(x + place, mask=inside[:, None] & (channel < C), other=0).to(tl.float32)
-        products = tl.where(there, value * gradient, 0)
-        address = partial + (image * K * K + tap) * C + channel
-        tl.store(address, tl.sum(products, 0), mask=channel < C)
+    scale = vector(saved + C, column, C)
+    average, slope = vector(sums, column, C) / rows, vector(sums + C, column, C) / rows
+    value = (matrix(x, at, there) - vector(saved, column, C)) * scale
+    gradient = _let_through(dy, y, at, there) - average - value * slope
+    tl.store(dx + at, gradient * scale * vector(weight, column, C), mask=there)
 
 
 class _Mirrored(torch.autograd.Function):

@@ -53,8 +53,10 @@ def make_training(net: nn.Module, args: Namespace, device: torch.device, steps: 
     net.to(device, memory_format=torch.channels_last)
     if device.type == "cpu":
         keep_in_float32(net)
-    elif triton := triton_kernels(next(net.parameters())):
-        triton.take_over(net)
+    elif triton_kernels(next(net.parameters())):
+        import depthwise
+
+        depthwise.take_over(net)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
     optimizer = Muon(
         parameter_groups(net, args),

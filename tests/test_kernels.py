@@ -1,4 +1,4 @@
-"""kernels.py against what PyTorch computes; on a CPU Triton interprets it."""
+"""kernels.py and depthwise.py against PyTorch; on a CPU Triton interprets them."""
 
 import copy
 
@@ -9,10 +9,9 @@ from torch import nn
 
 import mirror
 import model
-import optimise
 
 triton = pytest.importorskip("triton")
-kernels = pytest.importorskip("kernels")
+depthwise, kernels = (pytest.importorskip(name) for name in ("depthwise", "kernels"))
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
@@ -50,7 +49,7 @@ def assert_same(found, expected, inputs):
 )
 def test_depthwise(channels, kernel, size, options):
     x, weight = maps(3, channels, size, size), maps(channels, 1, kernel, kernel)
-    found = kernels.depthwise(x, weight, **{"stride": 1, "dilation": 1} | options)
+    found = depthwise.depthwise(x, weight, **{"stride": 1, "dilation": 1} | options)
     assert_same(found, F.conv2d(x, weight, groups=channels, **options), (x, weight))
 
 
@@ -102,7 +101,7 @@ def test_slow_convolutions_alone_are_taken_over():
     )
     net = nn.ModuleList(nn.Conv2d(4, 4, 3, **{"bias": False} | each) for each in options)
     net.append(nn.Conv2d(4, 8, 3, groups=4, stride=2, bias=False))
-    kernels.take_over(net)
+    depthwise.take_over(net)
     assert ["forward" in vars(layer) for layer in net] == [True, True, *[False] * 6]
     x = torch.randn(1, 4, 9, 9)
     assert torch.equal(net[0](x), F.conv2d(x, net[0].weight, dilation=2, groups=4))
@@ -125,10 +124,10 @@ def test_a_net_learns_the_same(monkeypatch):
     net = copy.deepcopy(plain)
     gradients = {}
     for each, chosen in ((plain, None), (net, kernels)):
-        for module in (mirror, optimise, kernels):
+        for module in (mirror, depthwise):
             monkeypatch.setattr(module, "triton_kernels", lambda _, chosen=chosen: chosen)
         if chosen:
-            kernels.take_over(each)
+            depthwise.take_over(each)
         F.cross_entropy(each(images), labels).backward()
         gradients[each] = [parameter.grad for parameter in each.parameters()]
     for found, expected in zip(gradients[net], gradients[plain], strict=True):

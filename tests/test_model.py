@@ -7,7 +7,7 @@ from torch import nn
 import rf
 from common import UserError
 from mirror import MirrorPool
-from model import NETS, build
+from model import NETS, Residual, build
 
 
 @pytest.fixture(scope="module")
@@ -58,3 +58,12 @@ def test_an_unknown_net_names_those_there_are():
     with pytest.raises(UserError, match="atrous"):
         build("resnet", 10)
     assert "atrous" in NETS
+
+
+def test_blocks_start_as_the_identity():
+    torch.manual_seed(0)
+    blocks = [module for module in build("atrous", 10) if isinstance(module, Residual)]
+    assert len(blocks) == 6
+    for block in blocks:
+        x = torch.randn(2, block.layers[0].in_channels, 8, 8)
+        assert torch.equal(block(x), x.relu())
