@@ -13,7 +13,7 @@ import data
 from common import UserError, check_sums, first_line, written_whole
 from model import build
 
-FORMAT = 1  # of both files; raise when their keys change
+FORMAT = 2  # of both files; raise when their keys change, those of the nets too
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
@@ -35,8 +35,9 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is no whole checkpoint of atrous: {first_line(error)}") from error
     if not isinstance(content, dict) or not isinstance(content.get("format"), int):
         raise UserError(f"{path} is no checkpoint of atrous")
-    if content["format"] > FORMAT:
-        raise UserError(f"{path} has format {content['format']}, newer than this atrous ({FORMAT})")
+    if content["format"] != FORMAT:
+        other = "a newer" if content["format"] > FORMAT else "an older"
+        raise UserError(f"{path} has format {content['format']}, of {other} atrous than this")
     return content
 
 

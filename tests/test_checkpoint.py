@@ -57,7 +57,7 @@ class Harmful:
 
 
 def test_no_code_in_a_file_is_run(tmp_path, capsys):
-    torch.save({"format": 1, "net": Harmful()}, tmp_path / "model.pt")
+    torch.save({"format": checkpoint.FORMAT, "net": Harmful()}, tmp_path / "model.pt")
     with pytest.raises(UserError):
         checkpoint.load(tmp_path / "model.pt")
     assert "was run" not in capsys.readouterr().out
@@ -106,10 +106,11 @@ def test_bad_files_are_one_line(tmp_path, spoil):
     assert "\n" not in str(error.value)
 
 
-def test_a_newer_format_is_said_to_be_newer(tmp_path, monkeypatch):
+@pytest.mark.parametrize(("ahead", "other"), [(1, "a newer"), (-1, "an older")])
+def test_another_format_is_said_to_be_newer_or_older(tmp_path, monkeypatch, ahead, other):
     path = tmp_path / "model.pt"
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + 1)
+        patch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + ahead)
         model_file(path)
-    with pytest.raises(UserError, match="newer than this atrous"):
+    with pytest.raises(UserError, match=f"of {other} atrous than this"):
         checkpoint.load_net(path)

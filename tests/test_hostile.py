@@ -200,9 +200,10 @@ def test_checkpoints(tmp_path, capsys, no_pictures):
     expected = checkpoint.load(folder / "last.pt")
     chance = random.Random(0)
     foreign = io.BytesIO()
-    torch.save({"format": 1, "data": "synthetic", "net": build("atrous", 10).state_dict()}, foreign)
+    ours = {"format": checkpoint.FORMAT}
+    torch.save({**ours, "data": "synthetic", "net": build("atrous", 10).state_dict()}, foreign)
     pickled = io.BytesIO()
-    torch.save({"format": 1, "code": Hostile()}, pickled)
+    torch.save({**ours, "code": Hostile()}, pickled)
     newer = io.BytesIO()
     torch.save({"format": checkpoint.FORMAT + 1}, newer)
     damaged = [b"", b"PK", foreign.getvalue(), pickled.getvalue(), newer.getvalue(), WHOLE]

@@ -14,6 +14,7 @@ triton = pytest.importorskip("triton")
 depthwise, kernels = (pytest.importorskip(name) for name in ("depthwise", "kernels"))
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7) and DEVICE.type == "cpu"
 loops = pytest.mark.skipif(old, reason="this Triton's interpreter loops with numpy < 2.4 only")
