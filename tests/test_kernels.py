@@ -1,6 +1,10 @@
 """kernels.py and depthwise.py against PyTorch; on a CPU Triton interprets them."""
 
 import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -134,3 +138,44 @@ def test_a_net_learns_the_same(monkeypatch):
     for found, expected in zip(gradients[net], gradients[plain], strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(net.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+COMPILE = """
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction, driver
+
+import depthwise, kernels, mirror, model
+
+class Hopper:
+    get_current_target = staticmethod(lambda: GPUTarget("cuda", 90, 32))
+    get_current_device = staticmethod(lambda: 0)
+    get_current_stream = staticmethod(lambda device: 0)
+
+run = JITFunction.run
+
+def compiling(self, *args, grid, warmup, **options):
+    assert run(self, *args, grid=grid, warmup=True, **options).asm["cubin"]
+    print(self.__name__)
+
+driver.set_active(Hopper())
+JITFunction.run = compiling
+for module in (depthwise, mirror):
+    module.triton_kernels = lambda _: kernels
+net = model.build("atrous", 10).to(memory_format=torch.channels_last)
+depthwise.take_over(net)
+net(torch.randn(2, 3, 32, 32)).sum().backward()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU compiles and runs them")
+def test_every_kernel_compiles_for_a_gpu(tmp_path):
+    """What Triton interprets it need not compile: here it does, for an H100, and runs nothing."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", COMPILE]
+    root = Path(__file__).parents[1]
+    child = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=root)
+    assert child.returncode == 0, child.stderr
+    expected = "_collect _gradient _gradient_sums _moments _normalize _settle _spread _taps _window"
+    assert set(child.stdout.split()) == set(expected.split())
