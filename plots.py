@@ -226,6 +226,8 @@ def draw_run(
 ) -> None:
     """All that a run's metrics and test logits (N, classes) show."""
     title = f"{flags.get('net')} on {dataset.name}, seed {flags.get('seed')}"
+    if flags.get("holdout"):
+        title += f"; test: {flags['holdout']:,} held-out training images"
     labels = dataset.test_labels.cpu().numpy()
     images = dataset.test_images.permute(0, 2, 3, 1).cpu().numpy()
     curves(folder / "curves.png", history, title)

@@ -156,7 +156,10 @@ def test_a_run_is_drawn_again(run, monkeypatch):
     titles, curves = [], plots.curves
     monkeypatch.setattr(plots, "curves", lambda *args: titles.append(args[2]) or curves(*args))
     assert plots.main([str(run), "--images", "1", "5"]) == 0
-    assert titles == ["atrous on synthetic, seed 3"]
+    (run / "config.json").write_text('{"flags": {"net": "atrous", "seed": 3, "holdout": 5000}}')
+    assert plots.main([str(run)]) == 0
+    plain = "atrous on synthetic, seed 3"
+    assert titles == [plain, f"{plain}; test: 5,000 held-out training images"]
     for name in ("curves", "confusion", "mistakes", "classes", "attention"):
         assert is_picture(run / f"{name}.png"), name
     assert not (run.parent / "comparison.png").exists()
