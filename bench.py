@@ -49,9 +49,7 @@ def bench_epoch(args: Namespace, argv: list[str]) -> None:
     other ways, per-image transforms in a DataLoader among them."""
     device = choose_device(args.device)
     sizes = args.batch_size or ([256, 512, 1024] if device.type == "cuda" else [128, 256, 512])
-    dataset = load(args.data, device, max(ways.BATCH, *sizes))
-    layers = graph.trace(model.build(args.net, len(dataset.classes))).layers
-    precision = choose_precision("auto", device, layers)
+    dataset, layers, precision = prepared(args, max(ways.BATCH, *sizes))
     ceilings = measure.measure_ceilings(device, step.DTYPES[precision])
     rows = []
     for batch in sizes:
@@ -69,11 +67,8 @@ def bench_epoch(args: Namespace, argv: list[str]) -> None:
 
 def bench_layers(args: Namespace, argv: list[str]) -> None:
     """Forward and backward of each layer, beside the floor under it: where an epoch's time goes."""
-    device, batch = choose_device(args.device), ways.BATCH
-    dataset = load(args.data, device, batch)
-    layers = graph.trace(model.build(args.net, len(dataset.classes))).layers
-    precision = choose_precision("auto", device, layers)
-    dtype = step.DTYPES[precision]
+    batch, (dataset, layers, precision) = ways.BATCH, prepared(args, ways.BATCH)
+    device, dtype = dataset.train_images.device, step.DTYPES[precision]
     ceilings = measure.measure_ceilings(device, dtype)
     settings = ways.settings(args.net, batch, precision)
     phases = ways.layers(dataset, settings, [layer.name for layer in layers])
@@ -116,10 +111,8 @@ def format_layers(rows: list[dict[str, Any]]) -> str:
 
 def bench_kernels(args: Namespace, argv: list[str]) -> None:
     """What one training step is made of: a GPU's kernels, or PyTorch's operations on a CPU."""
-    device, batch = choose_device(args.device), ways.BATCH
-    dataset = load(args.data, device, batch)
-    layers = graph.trace(model.build(args.net, len(dataset.classes))).layers
-    precision = choose_precision("auto", device, layers)
+    batch, (dataset, _, precision) = ways.BATCH, prepared(args, ways.BATCH)
+    device = dataset.train_images.device
     steps = ways.training(dataset, ways.settings(args.net, batch, precision))()
     rows = measure.kernels(lambda: next(steps), device, rounds=16)
     title = f"kernels of a step, a batch of {batch}, {args.net} on {dataset.name}, {precision}"
@@ -128,6 +121,13 @@ def bench_kernels(args: Namespace, argv: list[str]) -> None:
         print(f"{1e6 * row['seconds']:8.1f} {row['count']:6.1f}  {row['name'][:64]}")
     figures = {"title": title, "data": dataset.name, "kernels": rows}
     write("kernels", device_name(device), argv, figures)
+
+
+def prepared(args: Namespace, batch: int) -> tuple[data.Dataset, list[graph.Layer], str]:
+    """Data for batches of so many, the net's layers, and the precision it is trained in."""
+    dataset = load(args.data, choose_device(args.device), batch)
+    layers = graph.trace(model.build(args.net, len(dataset.classes))).layers
+    return dataset, layers, choose_precision("auto", dataset.train_images.device, layers)
 
 
 def load(source: str, device: torch.device, batch: int) -> data.Dataset:

@@ -37,7 +37,9 @@ def load(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} is no checkpoint of atrous")
     if content["format"] != FORMAT:
         other = "a newer" if content["format"] > FORMAT else "an older"
-        raise UserError(f"{path} has format {content['format']}, of {other} atrous than this")
+        raise UserError(
+            f"{path} has format {content['format']}, of {other} atrous than this: use that"
+        )
     return content
 
 

@@ -84,7 +84,7 @@ class _Shape:
     def __init__(self, x: Tensor, channels: int) -> None:
         self.channels, self.rows = channels, x.numel() // channels
         block = triton.next_power_of_2(channels)
-        rows = max(1, 16384 // block)
+        rows = 16384 // block
         self.tile = {"C": channels, "ROWS": rows, "BLOCK": block, "num_warps": 16}
         self.tiles = triton.cdiv(self.rows, rows)
         self.programs = min(PROGRAMS.value, self.tiles)

@@ -19,8 +19,8 @@ class Paired(nn.Module):
     other half of its outputs their mirror images: (C, 1 or 3, k, k)."""
 
     def forward(self, kernels: Tensor) -> Tensor:
-        if self.training and (triton := triton_kernels(kernels)):
-            return triton.mirrored(kernels, None)
+        if self.training and (gpu := triton_kernels(kernels)):
+            return gpu.mirrored(kernels, None)
         return torch.cat([kernels, kernels.flip(3)])
 
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -34,8 +34,8 @@ class Mixed(nn.Module):
     """
 
     def forward(self, alike: Tensor, differing: Tensor) -> Tensor:
-        if self.training and (triton := triton_kernels(alike)):
-            return triton.mirrored(alike, differing)
+        if self.training and (gpu := triton_kernels(alike)):
+            return gpu.mirrored(alike, differing)
         own = alike.lerp(differing, 0.5)
         half = torch.stack([own, own - differing])  # the weights of the inputs' first half
         return torch.stack([half, half.flip(0, 4)], 2).flatten(2, 3).flatten(0, 1)
@@ -63,8 +63,8 @@ class MirrorNorm(nn.BatchNorm2d):
         self.relu = relu
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        if self.training and (triton := triton_kernels(x)):
-            return triton.norm(self, x, skip)
+        if self.training and (gpu := triton_kernels(x)):
+            return gpu.norm(self, x, skip)
         x = self.normalized(x)
         x = x if skip is None else skip + x
         return F.relu(x) if self.relu else x

@@ -43,9 +43,9 @@ def test_rates_and_phases_are_medians_of_what_the_clock_says(monkeypatch):
 
     ways = {"quick": lambda: passing(0.25), "slow": lambda: passing(0.75)}
     expected = {"quick": 4.0, "slow": 3 / 2.25}  # three of 100 begin within two seconds
-    assert measure.rates(ways | {}, CPU, warm_up=1, count=100) == expected
-    clock = passing(9.0, 1.0, 1.0, 1.0)
-    assert measure.rates({"a": lambda: clock}, CPU, warm_up=1, count=3, rounds=1) == {"a": 1.0}
+    assert measure.rates(ways, CPU, warm_up=1, count=100) == expected
+    uneven = passing(9.0, 0.5, 0.5, 9.0, 0.25, 0.25, 9.0, 0.125, 0.125)
+    assert measure.rates({"a": lambda: uneven}, CPU, warm_up=1, count=2, rounds=3) == {"a": 4.0}
     clocks = {"first": passing(9.0, 1.0, 1.0, 5.0), "second": passing(9.0, 2.0, 3.0, 3.0)}
     jobs = {name: lambda clock=clock: next(clock) for name, clock in clocks.items()}
     phases = {"first": (jobs["first"], 4), "second": (jobs["second"], 2)}
