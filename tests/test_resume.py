@@ -137,6 +137,16 @@ def test_a_run_that_has_ended_stays_as_it_is(finished, capsys):
     assert changed <= {"metrics.jsonl", "config.json"}
 
 
+def test_killed_between_its_last_checkpoint_and_its_metrics(finished, tmp_path, no_pictures):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    (folder / "summary.json").unlink()
+    metrics = folder / "metrics.jsonl"
+    whole = metrics.read_text()
+    metrics.write_text("".join(whole.splitlines(keepends=True)[:-1]))
+    assert train.main(["--resume", str(folder)]) == 0
+    assert metrics.read_text() == whole
+
+
 def test_repeats(tmp_path, capsys, no_pictures):
     folder = tmp_path / "runs"
     arguments = [*SMALL, "--epochs", "1", "--repeat", "2", "--seed", "3", "--out", str(folder)]
