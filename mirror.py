@@ -63,20 +63,27 @@ class MirrorNorm(nn.BatchNorm2d):
         self.relu = relu
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        if self.training and (gpu := triton_kernels(x)):
-            return gpu.norm(self, x, skip)
-        x = self.normalized(x)
+        if self.training:
+            gpu = triton_kernels(x)
+            return gpu.norm(self, x, skip) if gpu else self.by_pytorch(x, skip)
+        # Plainly, as other programs fold it into the convolution.
+        halves = (self.running_mean, self.running_var, self.weight, self.bias)
+        x = F.batch_norm(x, *(each.repeat(2) for each in halves), eps=self.eps)
         x = x if skip is None else skip + x
         return F.relu(x) if self.relu else x
 
-    def normalized(self, x: Tensor) -> Tensor:
-        if not self.training:  # plainly, as other programs fold it into the convolution
-            halves = (self.running_mean, self.running_var, self.weight, self.bias)
-            return F.batch_norm(x, *(each.repeat(2) for each in halves), eps=self.eps)
+    def by_pytorch(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """In training, on views: in the order of channels-last none of this copies a map."""
         n, channels, height, width = x.shape
-        x = x.permute(0, 2, 3, 1)  # in the order of channels-last, where none of this copies
-        x = super().forward(x.reshape(n, height, 2 * width, channels // 2).permute(0, 3, 1, 2))
-        return x.permute(0, 2, 3, 1).reshape(n, height, width, channels).permute(0, 3, 1, 2)
+
+        def widened(x: Tensor) -> Tensor:
+            x = x.permute(0, 2, 3, 1).reshape(n, height, 2 * width, channels // 2)
+            return x.permute(0, 3, 1, 2)
+
+        y = super().forward(widened(x))
+        y = y if skip is None else y.add_(widened(skip))
+        y = y.relu_() if self.relu else y
+        return y.permute(0, 2, 3, 1).reshape(n, height, width, channels).permute(0, 3, 1, 2)
 
 
 class MirrorPool(nn.Module):
