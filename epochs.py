@@ -124,7 +124,7 @@ def run_epochs(training: Training, dataset: data.Dataset, args: Namespace, folde
     Terminated after the epoch in which SIGTERM came to one of the processes."""
     steps = len(dataset.train_images) // args.batch_size
     done = {"total": args.epochs * steps, "initial": len(training.history) * steps}
-    quiet = True if ranks.rank() else None  # None: only where stderr is no terminal
+    quiet = True if ranks.rank() or not sys.stderr else None  # None: off without a terminal
     with (
         tqdm(**done, unit="step", leave=False, disable=quiet) as bar,
         noting_sigterm() as asked_to_end,
@@ -141,8 +141,8 @@ def run_epochs(training: Training, dataset: data.Dataset, args: Namespace, folde
                 state = {"data": dataset.trained_on, **training.state()}
                 checkpoint.save(folder / "last.pt", state)
                 report.write_history(folder, training.history)
-                tqdm.write(report.format_line(training.history[-1]))
-                sys.stdout.flush()
+                with tqdm.external_write_mode():
+                    print(report.format_line(training.history[-1]), flush=True)
             if ranks.any_says(asked_to_end.is_set(), dataset.train_images.device):
                 raise Terminated(going_on(folder))
 

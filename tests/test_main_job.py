@@ -2,6 +2,7 @@
 
 import json
 import signal
+import sys
 
 import numpy as np
 import pytest
@@ -143,6 +144,13 @@ def test_every_epoch_has_an_order_of_its_own(tmp_path, no_pictures, monkeypatch)
     first, second = orders[:2]
     assert sorted(first) == sorted(second) == list(range(120))
     assert first != second
+
+
+@pytest.mark.parametrize("closed", ["stdout", "stderr"])
+def test_without_an_output(closed, tmp_path, monkeypatch, no_pictures):
+    monkeypatch.setattr(sys, closed, None)  # as `>&-` and `2>&-` do
+    assert train.main([*SMALL, "--epochs", "1", "--out", str(tmp_path / "run")]) == 0
+    assert len(lines(tmp_path / "run")) == 1
 
 
 def test_a_class_that_no_test_image_has(tmp_path, no_pictures):
