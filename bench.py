@@ -176,7 +176,7 @@ def epoch_ways(dataset: data.Dataset, net: str, precision: str) -> dict[str, flo
             print(f"{name}: left out: {first_line(error)}", file=sys.stderr)  # no compiler, say
     settings = ways.settings(net, ways.BATCH, precision)
     every["ours, sharpness-aware"] = ways.training(dataset, settings, settings.sam)
-    for plain in ("bf16", "fp32"):
+    for plain in dict.fromkeys((precision, "fp32")):
         every[f"plain loop, {plain}"] = ways.plain_loop(
             dataset, ways.settings(net, ways.BATCH, plain)
         )

@@ -2,9 +2,7 @@
 
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, StepLR
 
+import onednn
 import ranks
 from machine import triton_kernels
 
@@ -52,7 +51,7 @@ def make_training(net: nn.Module, args: Namespace, device: torch.device, steps: 
     """`steps` is the number of optimiser steps in an epoch."""
     net.to(device, memory_format=torch.channels_last)
     if device.type == "cpu":
-        keep_in_float32(net)
+        onednn.take_over(net)
     elif triton_kernels(next(net.parameters())):
         import depthwise
 
@@ -151,35 +150,6 @@ def orthogonal(matrices: Tensor) -> Tensor:
         factor = torch.baddbmm(gram, gram, gram, beta=-4.7750, alpha=2.0315)
         x = torch.baddbmm(x, factor, x, beta=3.4445)
     return x
-
-
-def keep_in_float32(net: nn.Module) -> None:
-    """Have computed in float32 under autocast as well what a CPU does badly in bfloat16. Depthwise
-    convolutions: their backward takes up to 40 times as long (3×3, stride 2, 64 channels at 16×16,
-    batch 256, torch 2.15, AMX: 54 ms against 1.3), while dense ones take a quarter of it. Dilated
-    ones of stride 1 whose last block of 16 channels is not full: on maps 32 wide the gradient of
-    their weight is NaN or merely wrong in that block (torch 2.14 with oneDNN 3.12, AVX512-BF16
-    without AMX)."""
-
-    def in_float32(forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        wide = x.float()
-        address = wide.data_ptr()
-
-        def narrow(saved: Tensor) -> Tensor:  # x, which is kept anyway, where backward needs `wide`
-            return x if saved.data_ptr() == address else saved
-
-        with (
-            torch.autocast(x.device.type, enabled=False),
-            torch.autograd.graph.saved_tensors_hooks(narrow, Tensor.float),
-        ):
-            return forward(wide)
-
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d):
-            depthwise = module.groups == module.in_channels > 1
-            dilated = module.dilation != (1, 1) and module.stride == (1, 1)
-            if depthwise or (dilated and module.in_channels % 16):
-                module.forward = partial(in_float32, module.forward)
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, args: Namespace, steps: int) -> LRScheduler:

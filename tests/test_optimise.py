@@ -1,11 +1,9 @@
-import weakref
-
 import pytest
 import torch
 from torch import nn
 
 import flags
-from model import NETS, build
+from model import build
 from optimise import make_training, orthogonal, orthogonal_at_once
 
 CPU = torch.device("cpu")
@@ -57,58 +55,6 @@ def test_muon_is_that_of_torch(outputs, inputs, size, momentum):
     for conv, matrix in zip(net, matrices, strict=True):
         torch.testing.assert_close(conv.weight.flatten(1), matrix, rtol=0, atol=5e-3)
     assert (matrices[1] - before).abs().mean() > 0.05
-
-
-def test_depthwise_convolutions_stay_in_float32_on_a_cpu():
-    net = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1))
-    expected = net[0](images := torch.randn(2, 8, 9, 9).bfloat16().float())
-    training = make_training(net, flags.parse_flags([]), CPU, 1)
-    outputs = []
-    for module in net:
-        module.register_forward_hook(lambda *call: outputs.append(call[-1]))
-    with torch.autocast("cpu", torch.bfloat16):
-        training.parallel(images.bfloat16()).sum().backward()
-    assert [output.dtype for output in outputs] == [torch.float32, torch.bfloat16, torch.bfloat16]
-    torch.testing.assert_close(outputs[0], expected)
-    assert net[0].weight.grad.abs().sum() > 0
-
-
-@pytest.mark.parametrize("name", NETS)
-def test_gradients_in_bf16_are_those_in_float32(name):
-    """Layer by layer, for equal inputs and gradients of outputs."""
-    torch.manual_seed(0)
-    net = build(name, 10)
-    convolutions = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
-    in_float32 = [m.forward for m in convolutions]
-    make_training(net, flags.parse_flags([]), CPU, 1)
-    calls = []
-    for module in convolutions:
-        module.register_forward_hook(lambda module, inputs, _: calls.append((module, *inputs)))
-    net(torch.randn(4, 3, 32, 32))
-    assert [module for module, _ in calls] == convolutions
-    for (module, inputs), forward in zip(tuple(calls), in_float32, strict=True):
-        x = inputs.detach().bfloat16().contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
-            output = module(x)
-        direction = torch.randn(output.shape).to(output)
-        weights = list(module.parameters())
-        expected = torch.autograd.grad(forward(x.float()), weights, direction.float())
-        found = torch.autograd.grad(output, weights, direction)
-        for one, other in zip(found, expected, strict=True):
-            torch.testing.assert_close(one, other, rtol=0, atol=0.02 * other.abs().max().item())
-
-
-def test_what_is_computed_in_float32_keeps_no_float32_for_backward():
-    net = nn.Conv2d(8, 8, 3, groups=8)
-    images = torch.randn(2, 8, 9, 9).bfloat16().requires_grad_()
-    plain = net(images.float())
-    expected = torch.autograd.grad(plain.square().sum(), [net.weight, images])
-    seen, convolve = [], net.forward
-    net.forward = lambda x: seen.append(weakref.ref(x)) or convolve(x)
-    output = make_training(net, flags.parse_flags([]), CPU, 1).parallel(images)
-    assert seen[0]() is None
-    found = torch.autograd.grad(output.square().sum(), [net.weight, images])
-    torch.testing.assert_close(found, expected)
 
 
 def test_sgd_is_nesterovs():

@@ -1,0 +1,136 @@
+"""Convolutions as a CPU computes them, against PyTorch's own."""
+
+import weakref
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import flags
+import onednn
+from model import NETS, build
+from optimise import make_training
+
+CPU = torch.device("cpu")
+
+
+class Dilations(TorchDispatchMode):
+    """Notes those of the convolutions computed, forward and backward."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if function is torch.ops.aten.convolution.default:
+            self.seen.append(tuple(arguments[5]))
+        return function(*arguments, **options or {})
+
+
+def gradients(layer, convolve, x):
+    """Of the output, and of input and parameters in a random direction."""
+    inputs = x.contiguous(memory_format=torch.channels_last).requires_grad_()
+    y = convolve(inputs)
+    direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
+    return y, *torch.autograd.grad(y, [inputs, *layer.parameters()], direction)
+
+
+@pytest.mark.parametrize(
+    ("options", "size", "plain"),
+    [
+        ({"dilation": 2, "padding": 2, "groups": 6}, 8, True),
+        ({"dilation": 2, "padding": 2, "groups": 3, "bias": True}, 8, True),
+        ({"dilation": 2, "padding": 2}, (6, 10), True),
+        ({"dilation": 2}, 8, True),
+        ({"dilation": 3, "padding": 3, "groups": 6}, 9, True),
+        ({"dilation": 3, "padding": 6}, 9, True),
+        ({"dilation": 2, "stride": 2, "padding": 2}, 8, True),
+        ({"dilation": 2, "stride": 2, "padding": 2, "groups": 3}, (7, 9), True),
+        ({"dilation": 2, "stride": 2}, 9, True),
+        ({"dilation": 2, "padding": 2, "groups": 6}, 9, False),
+        ({"dilation": 2, "padding": 1}, 8, False),
+        ({"dilation": 2, "stride": 3, "padding": 2}, 8, False),
+        ({"dilation": (1, 2), "padding": (1, 2)}, 8, False),
+        ({"dilation": 2, "padding": (2, 4)}, 8, False),
+        ({"padding": 1, "groups": 6}, 8, True),
+    ],
+)
+def test_dilated_convolutions_as_plain_ones(options, size, plain):
+    torch.manual_seed(0)
+    layer = nn.Conv2d(6, 12, 3, **{"bias": False} | options)
+    x = torch.randn(2, 6, *(size if isinstance(size, tuple) else (size, size)))
+    expected = gradients(layer, layer.forward, x)
+    onednn.take_over(layer)
+    with Dilations() as dilations:
+        found = gradients(layer, layer, x)
+    torch.testing.assert_close(found, expected)
+    assert all(each.is_contiguous(memory_format=torch.channels_last) for each in found[:2])
+    assert (set(dilations.seen) == {(1, 1)}) == plain
+
+
+@pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
+@pytest.mark.parametrize("options", [{}, {"groups": 2}, {"stride": 2}, {"padding": 1}])
+def test_1x1_convolutions_as_products(options, capability, monkeypatch):
+    torch.manual_seed(0)
+    layer, x = nn.Conv2d(6, 4, 1, **options), torch.randn(2, 6, 5, 5)
+    expected = gradients(layer, layer.forward, x)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    onednn.take_over(layer)
+    with Dilations() as dilations:
+        found = gradients(layer, layer, x)
+    torch.testing.assert_close(found, expected)
+    assert all(each.is_contiguous(memory_format=torch.channels_last) for each in found[:2])
+    assert bool(dilations.seen) == bool(options or capability == "AVX512")
+
+
+def test_depthwise_convolutions_stay_in_float32_on_a_cpu():
+    net = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1))
+    expected = net[0](images := torch.randn(2, 8, 9, 9).bfloat16().float())
+    training = make_training(net, flags.parse_flags([]), CPU, 1)
+    outputs = []
+    for module in net:
+        module.register_forward_hook(lambda *call: outputs.append(call[-1]))
+    with torch.autocast("cpu", torch.bfloat16):
+        training.parallel(images.bfloat16()).sum().backward()
+    assert [output.dtype for output in outputs] == [torch.float32, torch.bfloat16, torch.bfloat16]
+    torch.testing.assert_close(outputs[0], expected)
+    assert net[0].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_gradients_in_bf16_are_those_in_float32(name):
+    """Layer by layer, for equal inputs and gradients of outputs."""
+    torch.manual_seed(0)
+    net = build(name, 10)
+    convolutions = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
+    in_float32 = [m.forward for m in convolutions]
+    make_training(net, flags.parse_flags([]), CPU, 1)
+    calls = []
+    for module in convolutions:
+        module.register_forward_hook(lambda module, inputs, _: calls.append((module, *inputs)))
+    net(torch.randn(4, 3, 32, 32))
+    assert [module for module, _ in calls] == convolutions
+    for (module, inputs), forward in zip(tuple(calls), in_float32, strict=True):
+        x = inputs.detach().bfloat16().contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            output = module(x)
+        direction = torch.randn(output.shape).to(output)
+        weights = list(module.parameters())
+        expected = torch.autograd.grad(forward(x.float()), weights, direction.float())
+        found = torch.autograd.grad(output, weights, direction)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=0.02 * other.abs().max().item())
+
+
+def test_what_is_computed_in_float32_keeps_no_float32_for_backward():
+    net = nn.Conv2d(8, 8, 3, groups=8)
+    images = torch.randn(2, 8, 9, 9).bfloat16().requires_grad_()
+    plain = net(images.float())
+    expected = torch.autograd.grad(plain.square().sum(), [net.weight, images])
+    seen, convolve = [], net.forward
+    net.forward = lambda x: seen.append(weakref.ref(x)) or convolve(x)
+    output = make_training(net, flags.parse_flags([]), CPU, 1).parallel(images)
+    assert seen[0]() is None
+    found = torch.autograd.grad(output.square().sum(), [net.weight, images])
+    torch.testing.assert_close(found, expected)
