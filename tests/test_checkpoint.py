@@ -51,18 +51,6 @@ def test_the_previous_file_stays_until_the_new_one_takes_its_name(tmp_path, monk
     assert checkpoint.load(path)["epoch"] == 1
 
 
-class Harmful:
-    def __reduce__(self):
-        return print, ("code in a checkpoint was run",)
-
-
-def test_no_code_in_a_file_is_run(tmp_path, capsys):
-    torch.save({"format": checkpoint.FORMAT, "net": Harmful()}, tmp_path / "model.pt")
-    with pytest.raises(UserError):
-        checkpoint.load(tmp_path / "model.pt")
-    assert "was run" not in capsys.readouterr().out
-
-
 def test_a_data_set_that_is_another_by_now(tmp_path):
     flags = {"data": "synthetic", "data_dir": "data", "train_images": 50, "holdout": 20}
     config = tmp_path / "config.json"

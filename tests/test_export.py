@@ -57,10 +57,11 @@ def test_probabilities_of_any_batch(exported):
     assert (rough.argmax(1) == expected.argmax(1)).mean() > 0.8
 
 
-def test_the_file_describes_itself(exported):
+@pytest.mark.parametrize("name", ["model.onnx", "model.int8.onnx"])
+def test_the_file_describes_itself(name, exported):
     import onnxruntime
 
-    runtime = onnxruntime.InferenceSession(exported / "model.onnx")
+    runtime = onnxruntime.InferenceSession(exported / name)
     (images,), (probabilities,) = runtime.get_inputs(), runtime.get_outputs()
     assert (images.name, images.type, images.shape[1:]) == ("images", "tensor(uint8)", [3, 32, 32])
     assert isinstance(images.shape[0], str)  # any batch

@@ -40,7 +40,6 @@ def test_a_cpu_is_named_by_what_its_speed_depends_on(monkeypatch):
     assert "AMX" not in machine.device_name(torch.device("cpu"))
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
 def test_freed_memory_is_kept():
     code = """if True:
         import resource, torch, machine

@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+from itertools import chain, repeat
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ import torch
 import checkpoint
 import data
 import flags
+import report
 import step
 import train
 from augment import sample
@@ -72,13 +74,29 @@ def test_summary_agrees_with_the_predictions(finished):
     assert summary["final_accuracy"] == pytest.approx(right)
     assert summary["final_accuracy"] == lines(folder)[-1]["test_accuracy"]
     assert summary["best_accuracy"] >= summary["final_accuracy"]
-    assert summary["parameters"] < 200_000
-    assert summary["receptive_field"] > 44
+    assert (summary["parameters"], summary["receptive_field"]) == (188_586, 90)
     assert (summary["data"], summary["tested_on"]) == ("synthetic", "100 held-out training images")
     assert summary["target_reached"]["epoch"] == 1
     assert summary["total_seconds"] > summary["training_seconds"] > 0
     assert summary["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert summary["device"].startswith("CPU")
+
+
+@pytest.mark.parametrize(
+    ("target", "epoch", "said"),
+    [("0.2", 1, "epoch 1"), ("0.5", 2, "epoch 2"), ("0.7", None, "not reached")],
+)
+def test_when_the_target_is_reached(
+    target, epoch, said, tmp_path, monkeypatch, no_pictures, capsys
+):
+    accuracies = chain([0.2, 0.6], repeat(0.4))
+    monkeypatch.setattr(report, "accuracy", lambda *_: next(accuracies))
+    out = ["--epochs", "3", "--net", "net136k", "--out", str(tmp_path), "--target", target]
+    assert train.main([*SMALL, *out]) == 0
+    reached = json.loads((tmp_path / "summary.json").read_text())["target_reached"]
+    assert (reached and reached["epoch"]) == epoch
+    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("target")]
+    assert said in line
 
 
 def test_the_card(finished):

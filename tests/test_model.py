@@ -6,6 +6,7 @@ from torch import nn
 
 import rf
 from common import UserError
+from graph import trace
 from mirror import MirrorPool
 from model import NETS, Residual, build
 
@@ -22,8 +23,9 @@ def convolutions(net):
 
 def test_the_default_net_is_what_it_promises(net):
     convs = convolutions(net)
-    assert sum(p.numel() for p in net.parameters()) < 200_000
-    assert rf.receptive_field(net) > 44
+    assert sum(p.numel() for p in net.parameters()) == 188_586 < 200_000
+    assert rf.receptive_field(net) == 90 > 44
+    assert round(trace(net).multiply_adds / 1e6, 1) == 52.1
     assert any(c.groups == c.in_channels > 1 for c in convs)  # depthwise
     assert any(max(c.dilation) > 1 for c in convs)
     assert all(max(c.dilation) == 1 for c in convs if max(c.stride) > 1)  # else pixels are lost

@@ -1,5 +1,6 @@
 """Two processes train one net as one would: gloo on the CPU."""
 
+import io
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from processes import exit_codes, joined, start, together
 from test_data import files, write_tar
 from test_main_job import lines
@@ -60,6 +62,18 @@ def test_the_processes_have_the_same_net_after_each_epoch(pair):
             assert torch.equal(value, other[name]), name
     saved = checkpoint.load(pair[0] / "run/model.pt")["state_dict"]
     assert all(torch.equal(value, saved[name]) for name, value in one.items())
+
+
+def test_two_processes_learn_what_one_does(tmp_path):
+    """From images that are all the same, so that any share of a batch has its statistics."""
+    noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
+    Image.fromarray(noise).save(file := io.BytesIO(), "PNG")
+    archive = write_tar(tmp_path / "noise.tar", dict.fromkeys(files(train=40), file.getvalue()))
+    run = [*RUN, "--epochs", "2", "--optimizer", "sgd", "--augment", "none", "--data", archive]
+    assert together(2, [*run, "--out", tmp_path / "two"], tmp_path) == [0, 0]
+    assert exit_codes([start([*run, "--out", tmp_path / "one"])]) == [0]
+    nets = (checkpoint.load(tmp_path / name / "model.pt")["state_dict"] for name in ("two", "one"))
+    torch.testing.assert_close(*nets, rtol=1e-3, atol=1e-5)
 
 
 def test_the_accuracy_is_that_of_one_process(pair, run):
