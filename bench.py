@@ -48,7 +48,8 @@ def bench_epoch(args: Namespace, argv: list[str]) -> None:
     """An epoch's phases at several batch sizes, beside the floor under it; then the same epoch in
     other ways, per-image transforms in a DataLoader among them."""
     device = choose_device(args.device)
-    sizes = args.batch_size or ([256, 512, 1024] if device.type == "cuda" else [128, 256, 512])
+    usual = [256, 512, 1024] if device.type == "cuda" else [128, 256, 512]
+    sizes = sorted(args.batch_size or usual)  # on a CPU a process keeps what the largest took
     dataset, layers, precision = prepared(args, max(ways.BATCH, *sizes))
     ceilings = measure.measure_ceilings(device, step.DTYPES[precision])
     rows = []
@@ -231,7 +232,7 @@ def bench_augment(args: Namespace, argv: list[str]) -> None:
 
 def bench_startup(args: Namespace, argv: list[str]) -> None:
     """Seconds from the start of the process to its first step and to its end, pictures included;
-    with the cache of decoded images cold, then warm."""
+    cold, with neither images decoded nor kernels compiled before, then warm."""
     device = choose_device(args.device)
     epochs = args.epochs or (40 if device.type == "cuda" else 1)
     command = ["--data", args.data, "--net", args.net, "--device", args.device]

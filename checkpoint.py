@@ -74,7 +74,7 @@ def load_config(run: Path) -> dict[str, Any]:
 
 def load_data(run: Path, device: torch.device) -> data.Dataset:
     """The data set of the run in a folder. Raises UserError as `load_config` and `data.load` do,
-    and where `--data` means another one by now: `auto` without a network, say."""
+    and where `--data` means other images by now: `auto` without a network, say."""
     config = load_config(run)
     moved = f"if its images moved: python train.py --resume {shlex.quote(str(run))} --data …"
     try:
@@ -87,6 +87,8 @@ def load_data(run: Path, device: torch.device) -> data.Dataset:
         raise UserError(f"{error}; {moved}") from error
     if dataset.name != name:
         raise UserError(f"{run}: its --data {source} is {dataset.name} here, not {name}; {moved}")
+    if config.get("images", dataset.checksum) != dataset.checksum:
+        raise UserError(f"{run}: {name} has other images or classes by now; {moved}")
     return dataset
 
 

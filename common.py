@@ -53,7 +53,8 @@ def exit_status(job: Callable[[], None]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
         return 141
     except (UserError, OSError) as error:
-        print("error:", *str(error).split(), file=sys.stderr)  # a library's message has many lines
+        line = " ".join(str(error).split())  # a library's message has many
+        print("error:", "".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
         return 2
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):

@@ -36,10 +36,10 @@ class Dataset:
     std: Tensor
 
     @cached_property
-    def trained_on(self) -> str:
-        """What a checkpoint notes, and a resumed run has to have again."""
-        check = 0
-        for tensor in (self.train_images, self.train_labels):
+    def checksum(self) -> str:
+        """What a run notes of its images, labels and classes, and has to find again."""
+        check = zlib.crc32("\0".join(self.classes).encode())
+        for tensor in (self.train_images, self.train_labels, self.test_images, self.test_labels):
             check = zlib.crc32(tensor.cpu().numpy(), check)
         return f"{len(self.train_images):,} images (CRC {check:08x})"
 

@@ -138,8 +138,7 @@ def run_epochs(training: Training, dataset: data.Dataset, args: Namespace, folde
                 training.elapsed += time.perf_counter() - begun
             run_epoch(training, take_step, dataset, args, bar)
             if ranks.rank() == 0:
-                state = {"data": dataset.trained_on, **training.state()}
-                checkpoint.save(folder / "last.pt", state)
+                checkpoint.save(folder / "last.pt", training.state())
                 report.write_history(folder, training.history)
                 with tqdm.external_write_mode():
                     print(report.format_line(training.history[-1]), flush=True)

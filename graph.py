@@ -96,27 +96,27 @@ def trace(module: nn.Module, input_shape: tuple[int, int, int] = (3, 32, 32)) ->
             f"receptive field: the net cannot be traced: {first_line(error)}"
         ) from error
     fields: dict[fx.Node, Fields | None] = {}  # None: no map any more, its layout is gone
-    layers, last = [], None
+    layers, pooled = [], []
     for node in graph.graph.nodes:
         if node.op == "placeholder":
             start = Field({1: (0, 0)})
             fields[node] = start, start
         elif node.op == "output":
-            maps = [n for n in node.all_input_nodes if _slides(fields[n])]
-            last = maps[-1] if maps else last
+            pooled = [n for n in node.all_input_nodes if _slides(fields[n])] or pooled
         else:
             target = graph.get_submodule(node.target) if node.op == "call_module" else node.target
             try:
                 fields[node] = _fields_behind(node, target, fields, input_shape)
-            except TypeError as error:  # an argument that is computed, as x.size(2)
+            except (TypeError, ValueError) as error:  # an argument that is computed, as x.size(2)
                 raise _unaccounted(node, target) from error
             sliding = [n for n in node.all_input_nodes if _slides(fields[n])]
             if sliding and _shape(node) is not None and not _slides(fields[node]):
-                last = sliding[-1]
+                pooled.append(sliding[-1])
             if _is_layer(node, target):
                 layers.append(_layer(node, target, fields[node]))
-    if last is None:
+    if not pooled:
         raise UserError("receptive field: the net's output does not depend on its input's pixels")
+    last = max(reversed(pooled), key=lambda n: max(_size(fields[n], _shape(n))))
     return Trace(layers, _size(fields[last], _shape(last)), fields[last], *_cut(graph, last.name))
 
 
@@ -141,6 +141,8 @@ def _cut(graph: fx.GraphModule, name: str) -> tuple[fx.GraphModule, fx.GraphModu
 def _fields_behind(
     node: fx.Node, target: Any, fields: dict, input_shape: tuple[int, int, int]
 ) -> Fields | None:
+    if node.op == "call_method" and target.endswith("_") and not node.users:
+        raise _unaccounted(node, target)  # it changes what others use, unseen by the graph
     inputs = [n for n in node.all_input_nodes if fields[n] != NOTHING]
     if not inputs or _shape(node) is None:
         return NOTHING
@@ -150,7 +152,7 @@ def _fields_behind(
     if not sliding and len(known) == len(inputs):
         return union(known)
     if len(after) != 4 and not _reduces(node, target, {2, 3}):
-        reduced = _name(target) in REDUCTIONS or {_name(n.target) for n in node.users} <= REDUCTIONS
+        reduced = {_name(n.target) for n in node.users} <= REDUCTIONS
         if sliding and len(after) > 2 and not reduced:  # tokens, which what comes next may mix
             raise _unaccounted(node, target)
         return None
@@ -172,7 +174,7 @@ def _fields_behind(
         raise _unaccounted(node, target)
     name = _name(target)
     if (
-        isinstance(target, POINTWISE)
+        (isinstance(target, POINTWISE) and getattr(target, "track_running_stats", True))
         or name in POINTWISE_NAMES
         or _reduces(node, target, {1})
         or (name in ON_CHANNELS and _argument(node, ON_CHANNELS[name], "dim") in (1, -3))

@@ -7,6 +7,7 @@ import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
+from typing import NoReturn
 
 import numpy as np
 import torch
@@ -34,13 +35,14 @@ def read(path: Path) -> tuple[str, list[str], Splits]:
     except OSError as error:
         raise UserError(f"--data {path} cannot be read: {error}") from error
     cache = _cache_home() / "atrous" / f"{name}-{key}.pt"
-    if cache.exists():
-        try:
-            check_sums(cache)
-            stored = torch.load(cache, weights_only=True)
-            return name, stored["classes"], stored["splits"]
-        except Exception as error:  # whatever is wrong with it, the source is at hand
-            print(f"warning: {cache} is damaged, decoding again ({error})", file=sys.stderr)
+    try:
+        check_sums(cache)
+        stored = torch.load(cache, weights_only=True)
+        return name, stored["classes"], stored["splits"]
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except Exception as error:  # whatever is wrong with it, the source is at hand
+        print(f"warning: {cache} cannot be read, decoding again ({error})", file=sys.stderr)
     classes, splits = _decode(path)
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
@@ -99,11 +101,11 @@ def _decode(path: Path) -> tuple[list[str], Splits]:
         )
     if len(classes) < 2:
         raise UserError(f"--data {path}: only the class {classes[0]}; at least two are needed")
-    splits = {}
+    number, splits = {name: index for index, name in enumerate(classes)}, {}
     for split, images in decoded.items():
         names = sorted(images)
         stacked = torch.from_numpy(np.stack([images[n] for n in names]))
-        labels = torch.tensor([classes.index(c) for c, _ in names])
+        labels = torch.tensor([number[c] for c, _ in names])
         splits[split] = stacked.permute(0, 3, 1, 2).contiguous(), labels
     return classes, splits
 
@@ -147,21 +149,25 @@ def to_rgb(image: Image.Image) -> Image.Image:
 def _files(path: Path) -> Iterator[Path]:
     """Every file of a folder's train/ and test/, and what lies too deep there to be an image."""
     for folder in (path / "train", path / "test"):
-        files = [f for depth in ("*", "*/*") for f in folder.glob(depth) if not f.is_dir()]
-        files = sorted([*files, *folder.glob("*/*/*")])
-        yield from (f for f in files if not _is_hidden(f.relative_to(folder).parts))
+        folders = [folder] if folder.is_dir() else []
+        for depth in range(3):
+            entries = [entry for each in folders for entry in sorted(each.iterdir())]
+            entries = [entry for entry in entries if not is_hidden(entry.name)]
+            folders = [entry for entry in entries if entry.is_dir()]
+            yield from (entry for entry in entries if depth == 2 or not entry.is_dir())
 
 
-def _is_hidden(parts: tuple[str, ...]) -> bool:
-    """Whether a file is of a file manager's or an editor's making, as .DS_Store is."""
-    hidden = any(part.startswith(".") and part != ".." for part in parts)
-    return hidden or parts[-1] in ("Thumbs.db", "desktop.ini")
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is of a file manager's or an editor's making, as .DS_Store is."""
+    return (name.startswith(".") and name != "..") or name in ("Thumbs.db", "desktop.ini")
 
 
 def _folder_members(path: Path) -> Iterator[tuple[str, bytes]]:
     for file in _files(path):
         name = file.relative_to(path).as_posix()
         try:
+            if not file.is_file():
+                raise UserError(f"--data {path}: {name} is no file")
             if file.stat().st_size > MAX_FILE_BYTES:
                 raise UserError(f"--data {path}: {name} is too large for a {SIZE}×{SIZE} image")
             yield name, file.read_bytes()
@@ -171,7 +177,8 @@ def _folder_members(path: Path) -> Iterator[tuple[str, bytes]]:
 
 class _StrictTarInfo(tarfile.TarInfo):
     """tarfile takes a damaged header for the archive's end: every image after it would be lost. And
-    it reads a long name into memory however long it claims to be."""
+    it reads a long name, or the places of a sparse file, into memory however many they claim to be.
+    """
 
     @classmethod
     def frombuf(cls, buffer: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
@@ -189,6 +196,11 @@ class _StrictTarInfo(tarfile.TarInfo):
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"damaged or cut off: {error}") from error
 
+    def _refuse(self, *_: object) -> NoReturn:
+        raise tarfile.ReadError("a sparse file")
+
+    _proc_sparse = _proc_gnusparse_10 = _refuse
+
 
 def _archive_members(path: Path) -> Iterator[tuple[str, bytes]]:
     last = "its beginning"
@@ -196,12 +208,14 @@ def _archive_members(path: Path) -> Iterator[tuple[str, bytes]]:
         with tarfile.open(path, tarinfo=_StrictTarInfo) as archive:
             for member in archive:
                 archive.members = []  # or it keeps each
+                if archive.offset < member.offset_data:  # and would read it again
+                    raise tarfile.ReadError(f"{member.name} claims {member.size:,} bytes")
                 if member.offset_data + member.size > MAX_ARCHIVE_BYTES:
                     raise UserError(f"--data {path}: unpacks to over {MAX_ARCHIVE_BYTES >> 30} GiB")
                 parts = PurePosixPath(member.name).parts
                 if not parts or parts[0] not in ("train", "test"):
                     continue
-                if member.isdir() or _is_hidden(parts):
+                if member.isdir() or any(map(is_hidden, parts)):
                     continue
                 last = "/".join(parts)
                 if not member.isreg():
@@ -212,7 +226,9 @@ def _archive_members(path: Path) -> Iterator[tuple[str, bytes]]:
                 if len(blob) < member.size:
                     raise UserError(f"--data {path}: cut off within {last}")
                 yield last, blob
-            while archive.fileobj.read(1 << 20):  # to the end, where gzip and xz keep their sums
+            while rest := archive.fileobj.read(1 << 20):  # to where gzip and xz keep their sums
+                if rest.strip(b"\0"):
+                    raise tarfile.ReadError("there is more behind its end")
                 if archive.fileobj.tell() > MAX_ARCHIVE_BYTES:
                     raise UserError(f"--data {path}: unpacks to over {MAX_ARCHIVE_BYTES >> 30} GiB")
     except UserError:

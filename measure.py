@@ -31,7 +31,7 @@ Phases = dict[str, tuple[Job, int]]  # what each does, and to how many images
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a device reached at its best."""
+    """What a device reached, the median of some rounds."""
 
     bytes_per_second: float  # read plus written, of a large copy
     multiply_adds_per_second: float  # of a large matrix product
@@ -126,10 +126,11 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 def floor_seconds(
     layers: list[graph.Layer], batch: int, dtype: torch.dtype, ceilings: Ceilings
 ) -> float:
-    """Under which no step gets (the roofline model, Williams et al. 2009): for each convolution the
-    larger of its traffic – input, output and weights once forward, twice backward – and its
-    multiply-adds, norms and activations free; the augmentation's uint8 read and output written;
-    5 × 4 bytes a parameter for the optimiser."""
+    """Under which no step gets that computes layer by layer, in maps too large for a cache (the
+    roofline model, Williams et al. 2009): for each convolution the larger of its traffic – input,
+    output and weights once forward, twice backward – and its multiply-adds, norms and activations
+    free; the augmentation's uint8 read and output written; 5 × 4 bytes a parameter for the
+    optimiser."""
     parameters = sum(layer.parameters for layer in layers)
     moved = batch * 3 * SIZE * SIZE * (1 + dtype.itemsize) + 5 * 4 * parameters
     each = (layer_floor_seconds(layer, batch, dtype, ceilings) for layer in layers)
@@ -139,12 +140,14 @@ def floor_seconds(
 def layer_floor_seconds(
     layer: graph.Layer, batch: int, dtype: torch.dtype, ceilings: Ceilings
 ) -> float:
-    """One layer's part of that, forward and backward."""
+    """One layer's part of that, forward and backward; images need no gradient."""
     if not layer.multiply_adds:
         return 0.0
+    passes = 2 if layer.input == (3, SIZE, SIZE) else 3
     values = batch * (math.prod(layer.input) + math.prod(layer.output)) + layer.parameters
-    traffic = 3 * values * dtype.itemsize / ceilings.bytes_per_second
-    return max(traffic, 3 * batch * layer.multiply_adds / ceilings.multiply_adds_per_second)
+    traffic = values * dtype.itemsize / ceilings.bytes_per_second
+    arithmetic = batch * layer.multiply_adds / ceilings.multiply_adds_per_second
+    return passes * max(traffic, arithmetic)
 
 
 def reset_peak_memory(device: torch.device) -> None:
@@ -193,6 +196,7 @@ def whole_run(argv: list[str], cache_home: str) -> dict[str, float]:
     its own end, and its largest memory. Raises UserError where it fails."""
     path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"XDG_CACHE_HOME": cache_home, "PYTHONPATH": path}
+    environment["TRITON_CACHE_DIR"] = str(Path(cache_home, "triton"))
     command = [sys.executable, "-c", CHILD, *argv]
     start = time.time()
     child = subprocess.run(command, env=environment, capture_output=True, text=True)

@@ -297,10 +297,11 @@ def main(argv: list[str]) -> int:
         parser.add_argument("--out", type=Path, default="comparison.png", help="of several runs")
         args = parser.parse_args(argv)
         histories = {str(run): redraw(run, args.images) for run in dict.fromkeys(args.runs)}
-        if len(histories) > 1:
-            comparison(args.out, histories)
         for run in histories:
             print(f"drawn: {run}/*.png")
+        if len(histories) > 1:
+            comparison(args.out, histories)
+            print(f"drawn: {args.out}")
 
     return exit_status(job)
 

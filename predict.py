@@ -21,7 +21,7 @@ import data
 import step
 from common import SIZE, Parser, exit_status
 from flags import number
-from image_files import to_rgb, why_unreadable
+from image_files import is_hidden, to_rgb, why_unreadable
 from machine import DEVICES, choose_device
 
 BATCH = 256
@@ -34,6 +34,12 @@ def to_pixels(image: Image.Image) -> np.ndarray:
     return np.asarray(ImageOps.fit(rgb, (SIZE, SIZE), Image.Resampling.LANCZOS))
 
 
+def formats() -> list[str]:
+    """Pillow's, without the one for which it starts a program: Ghostscript runs what EPS says."""
+    Image.init()
+    return [name for name in Image.OPEN if name != "EPS"]
+
+
 def named_files(arguments: list[str], failed: list[str]) -> Iterator[tuple[str, Path | BytesIO]]:
     """Every file that the arguments name: of a folder all with the extension of an image, and
     standard input for `-`."""
@@ -42,9 +48,9 @@ def named_files(arguments: list[str], failed: list[str]) -> Iterator[tuple[str, 
         if argument == "-":
             yield "-", BytesIO(sys.stdin.buffer.read())
         elif path.is_dir():
-            kinds = Image.registered_extensions()
-            files = [f for f in path.rglob("*") if kinds.get(f.suffix.lower()) in Image.OPEN]
-            files = [file for file in files if file.is_file()]
+            kinds, known = Image.registered_extensions(), formats()
+            files = [f for f in path.rglob("*") if kinds.get(f.suffix.lower()) in known]
+            files = [file for file in files if file.is_file() and not is_hidden(file.name)]
             if not files:
                 skip(argument, "no image in that folder", failed)
             yield from ((str(file), file) for file in sorted(files))
@@ -61,7 +67,7 @@ def readable(arguments: list[str], failed: list[str]) -> Iterator[tuple[str, np.
     """Names and pixels; what cannot be read is reported and its name goes to `failed`."""
     for name, file in named_files(arguments, failed):
         try:
-            with Image.open(file) as image:
+            with Image.open(file, formats=formats()) as image:
                 yield name, to_pixels(image)
         except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and others
             skip(name, why_unreadable(error), failed)

@@ -104,6 +104,7 @@ def facts_of(
     """What is known of a run before its first step, for its config and summary."""
     return {
         "data": dataset.name,
+        "images": dataset.checksum,
         "tested_on": f"{args.holdout:,} held-out training images" if args.holdout else "test split",
         "net": args.net,
         "recipe": args.recipe,
@@ -161,12 +162,13 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
 
 def resume(training: Training, folder: Path, dataset: data.Dataset, args: Namespace) -> None:
     """Have `training` where the run in `folder` stopped; the run notes where its images lie now."""
-    state = checkpoint.load(folder / "last.pt")
-    if state.get("data") != dataset.trained_on:
+    images = checkpoint.load_config(folder).get("images")
+    if images != dataset.checksum:
         raise UserError(
-            f"--resume {folder}: that run trains on {state.get('data')}, "
-            f"not {dataset.name}'s {dataset.trained_on}"
+            f"--resume {folder}: that run trains on {images}, "
+            f"not {dataset.name}'s {dataset.checksum}"
         )
+    state = checkpoint.load(folder / "last.pt")
     try:
         training.load_state(state)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:

@@ -2,6 +2,7 @@
 
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import islice
 
 import torch
@@ -79,13 +80,14 @@ def phases(dataset: data.Dataset, args: Namespace) -> Phases:
 
 
 def layers(dataset: data.Dataset, args: Namespace, names: list[str]) -> Phases:
-    """Forward and backward of each of the net's layers by itself, on what it gets of a batch."""
+    """Forward and backward of each of the net's layers by itself, on what it gets of a batch; of a
+    norm without its skip."""
     learner, batch = _learner(dataset, args), args.batch_size
     learner.net.train()
     phases: Phases = {}
 
-    def add(name: str, layer: nn.Module, given: Tensor) -> None:
-        inputs = given.detach().requires_grad_(given.requires_grad)
+    def add(name: str, layer: nn.Module, given: tuple[Tensor, ...]) -> None:
+        inputs = given[0].detach().requires_grad_(given[0].requires_grad)
         wanted = [x for x in (inputs, *layer.parameters()) if x.requires_grad]
         between: dict[str, Tensor] = {}
 
@@ -99,11 +101,9 @@ def layers(dataset: data.Dataset, args: Namespace, names: list[str]) -> Phases:
 
         phases[f"{name} forward"], phases[f"{name} backward"] = (forward, batch), (backward, batch)
 
-    def note(name: str) -> Callable[[nn.Module, tuple[Tensor]], None]:
-        return lambda layer, given: add(name, layer, given[0])
-
     hooks = [
-        learner.net.get_submodule(name).register_forward_pre_hook(note(name)) for name in names
+        learner.net.get_submodule(name).register_forward_pre_hook(partial(add, name))
+        for name in names
     ]
     images = dataset.train_images[:batch]
     step.forward(learner.net, data.normalize(images, dataset.mean, dataset.std), args.precision)
@@ -113,7 +113,7 @@ def layers(dataset: data.Dataset, args: Namespace, names: list[str]) -> Phases:
 
 
 def plain_loop(dataset: data.Dataset, args: Namespace) -> Way:
-    """What one writes first: no augmentation, default layout, default optimiser."""
+    """What one writes first around the same net: no augmentation, all by default."""
     device = dataset.train_images.device
     net = model.build(args.net, len(dataset.classes)).to(device)
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)

@@ -4,7 +4,6 @@ Each net is a table of its printed rows; what the print leaves open says which c
 recipes hold what was published of them, as flags of train.py; the rest stays at its default.
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,13 +150,7 @@ def net150k(classes: int) -> Table:
     ]
 
 
-TABLES: dict[str, Callable[[int], Table]] = {
-    "net136k": net136k,
-    "net176k": net176k,
-    "net190k": net190k,
-    "net134k": net134k,
-    "net150k": net150k,
-}
+TABLES = {table.__name__: table for table in (net136k, net176k, net190k, net134k, net150k)}
 
 
 class AdaptiveAvgPool2d(nn.Module):

@@ -52,7 +52,7 @@ def result(folder, name):
 
 
 def test_an_epoch_and_its_phases(arguments, briefly, tmp_path, capsys):
-    what = [*arguments[1:3], "--net", "net136k", "--batch-size", "32", "64"]
+    what = [*arguments[1:3], "--net", "net136k", "--batch-size", "64", "32"]
     what += ["--device", "cpu"]
     assert bench.main(["epoch", *what]) == 0
     _, title, heading, *rows = capsys.readouterr().out.splitlines()[:5]

@@ -28,5 +28,13 @@ def test_an_output_that_nobody_reads():
     assert process.stderr.read() == b""
 
 
+def test_an_error_is_a_line_of_readable_characters(capsys):
+    def job():
+        raise common.UserError("first\nsecond \x1b[2J\u202e")
+
+    assert common.exit_status(job) == 2
+    assert capsys.readouterr().err == "error: first second ?[2J?\n"
+
+
 def test_the_way_on_can_be_pasted():
     assert common.going_on(Path("my run")).startswith("--resume 'my run' goes on")

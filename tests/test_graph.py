@@ -131,6 +131,15 @@ def test_a_pooling_may_take_two_steps():
         assert receptive_field(Wrap(lambda m, x, pool=pool: pool(m.a(x)), conv(3, 4, 5))) == 5
 
 
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_of_several_poolings_that_with_the_largest_field_counts(order):
+    def pooled(m, x):
+        maps = m.a(x), m.b(m.a(x))
+        return torch.cat([maps[i].mean((2, 3)) for i in order], 1)
+
+    assert receptive_field(Wrap(pooled, conv(3, 4, 3), conv(4, 4, 5))) == 7
+
+
 def test_axes_that_differ():
     net = nn.Sequential(nn.Conv2d(3, 4, (3, 5), padding=(1, 2)), nn.Conv2d(4, 4, (1, 3)))
     assert_true(net)
@@ -244,6 +253,12 @@ def shuffled(x):
     return x.view(x.size(0), 2, 2, 32, 32).transpose(1, 2).reshape(x.size(0), 4, 32, 32)
 
 
+def added_in_place(m, x):
+    x = m.a(x)
+    x.add_(m.b(x))
+    return m.b(x)
+
+
 UNACCOUNTED = {
     "roll": lambda m, x: torch.roll(m.a(x), 1, 3),
     "view": lambda m, x: m.b(shuffled(m.a(x))),
@@ -260,6 +275,8 @@ UNACCOUNTED = {
     "getitem.*": lambda m, x: m.a(x)[:, :, x.size(2) // 4 :],
     "avg_pool2d": lambda m, x: F.avg_pool2d(m.a(x), x.size(2)),
     "lp_pool2d": lambda m, x: m.b(F.lp_pool2d(m.a(x), 2, 2)),
+    "mean.?": lambda m, x: F.conv1d(m.a(x).mean(2), m.b.weight[:, :, 0]),
+    "add_": added_in_place,
 }
 
 
@@ -270,9 +287,18 @@ def test_an_operator_it_cannot_account_for_is_named(named, function):
         receptive_field(net)
 
 
-def test_norms_over_the_map_are_named():
-    with pytest.raises(UserError, match="GroupNorm"):
-        receptive_field(nn.Sequential(conv(3, 4, 3), nn.GroupNorm(2, 4), conv(4, 4, 3)))
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.GroupNorm(2, 4),
+        nn.BatchNorm2d(4, track_running_stats=False),
+        nn.MaxPool2d((2,)),
+    ],
+    ids=lambda layer: type(layer).__name__,
+)
+def test_layers_it_cannot_account_for_are_named(layer):
+    with pytest.raises(UserError, match=type(layer).__name__):
+        receptive_field(nn.Sequential(conv(3, 4, 3), layer, conv(4, 4, 3)))
 
 
 def test_what_cannot_be_traced():

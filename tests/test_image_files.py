@@ -1,8 +1,10 @@
 """Folders and archives: their cache, and whatever is wrong with them."""
 
 import gzip
+import os
 import tarfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -40,11 +42,15 @@ def test_damaged_or_forbidden_cache_is_no_obstacle(tmp_path, capsys, monkeypatch
     for damaged in (blob[:500], blob[:middle] + bytes([blob[middle] ^ 1]) + blob[middle + 1 :]):
         cache.write_bytes(damaged)
         assert len(load(path).train_images) == 8
-        assert "is damaged, decoding again" in capsys.readouterr().err
+        assert "cannot be read, decoding again" in capsys.readouterr().err
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
     assert len(load(path).train_images) == 8
     assert "not cached" in capsys.readouterr().err
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(image_files, "check_sums", Mock(side_effect=PermissionError("forbidden")))
+    assert len(load(path).train_images) == 8
+    assert "forbidden" in capsys.readouterr().err
 
 
 # What is read
@@ -187,10 +193,48 @@ def test_no_damaged_header_hides_images(tmp_path):
         load(path)
 
 
+def header(kind=tarfile.REGTYPE, size=None, **pax):
+    """Of a file that is no image, as an archive says it."""
+    info = tarfile.TarInfo("readme")
+    info.type, info.pax_headers = kind, pax
+    blocks = bytearray(info.tobuf(tarfile.PAX_FORMAT if pax else tarfile.GNU_FORMAT))
+    if size:
+        blocks[124:136] = size
+        blocks[148:156] = b" " * 8
+        blocks[148:156] = b"%06o\0 " % sum(blocks)
+    return bytes(blocks)
+
+
+SPARSE = {f"GNU.sparse.{key}": value for key, value in zip(("major", "minor"), "10", strict=True)}
+HEADERS = {
+    "as far back as its own": (header(size=b"-0000001000\0"), "claims -512 bytes"),
+    "further back": (header(size=b"-0000003000\0"), "claims -1,536 bytes"),
+    "sparse": (header(tarfile.GNUTYPE_SPARSE), "a sparse file"),
+    "sparse by pax": (header(**SPARSE, **{"GNU.sparse.name": "x"}), "a sparse file"),
+    "the end, with more behind it": (bytes(1024), "there is more behind its end"),
+}
+
+
+@pytest.mark.parametrize(("blocks", "message"), HEADERS.values(), ids=HEADERS)
+def test_no_header_hides_images_or_takes_for_ever(tmp_path, blocks, message):
+    path = write_tar(tmp_path / "pets.tar", files())
+    whole = path.read_bytes()
+    path.write_bytes(whole[:2048] + blocks + whole[2048:])
+    with pytest.raises(UserError, match=message):
+        load(path)
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path):
+    folder = write_folder(tmp_path / "pets", files())
+    os.mkfifo(folder / "train/cat/9.png")
+    with pytest.raises(UserError, match=r"train/cat/9\.png is no file"):
+        load(folder)
+
+
 def test_damage_that_only_the_checksum_shows(tmp_path):
     path = write_tar(tmp_path / "pets.tar", files())
     packed = bytearray(gzip.compress(path.read_bytes(), 0))  # stored, not deflated
-    packed[-4000] ^= 1  # in the padding
+    packed[-8300] ^= 1  # behind the last image, before its block ends
     bad = tmp_path / "bad.tar.gz"
     bad.write_bytes(packed)
     with pytest.raises(UserError, match=r"bad\.tar\.gz"):

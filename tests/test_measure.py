@@ -53,11 +53,13 @@ def test_rates_and_phases_are_medians_of_what_the_clock_says(monkeypatch):
 
 
 def test_the_floor_by_hand():
-    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.ReLU(), nn.BatchNorm2d(8))
-    layers = trace(net).layers
-    moved = 10 * (3 + 8) * 1024 + 216  # values, at batch 10
-    around = 10 * 3 * 1024 * 3 + 5 * 4 * (216 + 16)  # bytes of augmentation and optimiser
-    for rate, expected in ((1e30, 3 * moved * 2), (1.0, 3 * 10 * 216 * 1024)):
+    first, second = nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.Conv2d(8, 5, 1, bias=False)
+    layers = trace(nn.Sequential(first, nn.ReLU(), nn.BatchNorm2d(8), second)).layers
+    moved = 10 * (3 + 8) * 1024 + 216, 10 * (8 + 5) * 1024 + 40  # values, at batch 10
+    around = 10 * 3 * 1024 * 3 + 5 * 4 * (216 + 16 + 40)  # bytes of augmentation and optimiser
+    passes = 2, 3  # forward, for the weights and, but for images, for the input
+    for rate, each in ((1e30, [2 * m for m in moved]), (1.0, [10 * 216 * 1024, 10 * 40 * 1024])):
+        expected = sum(p * e for p, e in zip(passes, each, strict=True))
         ceilings = measure.Ceilings(1.0, rate)
         floor = measure.floor_seconds(layers, 10, torch.bfloat16, ceilings)
         assert floor == pytest.approx(around + expected)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 import checkpoint
 import predict
@@ -158,6 +158,16 @@ def test_a_bad_file_is_skipped(run, tmp_path, capsys):
     assert "gone.png" in second
     bad.write_bytes(b"no image")
     assert classified(capsys, run, bad)[2] == f"skipped: {bad}: of no known format\n"
+
+
+def test_what_would_start_a_program_or_is_hidden_is_not_read(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", lambda *_: pytest.fail("started"))
+    (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
+    (tmp_path / "b.eps").write_bytes((tmp_path / "a.jpg").read_bytes())
+    (tmp_path / "._c.jpg").write_bytes(b"of a Mac")
+    assert predict.main([str(run), str(tmp_path / "a.jpg"), str(tmp_path)]) == 1
+    skipped = capsys.readouterr().err.splitlines()
+    assert skipped == [f"skipped: {tmp_path}/a.jpg: of no known format"] * 2
 
 
 def test_text_is_aligned_and_in_batches(run, tmp_path, capsys, monkeypatch):

@@ -101,18 +101,27 @@ def test_a_resumed_run_keeps_its_data(finished, tmp_path, capsys):
 
 def test_a_resumed_run_keeps_its_images_and_labels(tmp_path, no_pictures, capsys):
     members = files(train=30)
-    folders = [tmp_path / name for name in ("a", "other images", "other labels")]
-    white = {"train/cat/0.png": png((255, 255, 255))}
     first, second = "train/cat/0.png", "train/dog/0.png"
-    exchanged = {first: members[second], second: members[first]}
-    for folder, other in zip(folders, ({}, white, exchanged), strict=True):
-        write_folder(folder / "pets", members | other)
+    others = {
+        "the same": members,
+        "other images": members | {first: png((255, 255, 255))},
+        "other labels": members | {first: members[second], second: members[first]},
+        "another test": members | {"test/cat/0.png": png((255, 255, 255))},
+        "other classes": {name.replace("cat", "bat"): blob for name, blob in members.items()},
+    }
+    folders = [tmp_path / name for name in others]
+    for folder, images in zip(folders, others.values(), strict=True):
+        write_folder(folder / "pets", images)
     run = ["--net", "net136k", "--batch-size", "30", "--epochs", "1", "--device", "cpu"]
     out = tmp_path / "run"
     assert train.main([*run, "--data", str(folders[0] / "pets"), "--out", str(out)]) == 0
-    for folder, status in zip(folders, (0, 2, 2), strict=True):
+    for folder, status in zip(folders, (0, 2, 2, 2, 2), strict=True):
         assert train.main(["--resume", str(out), "--data", str(folder / "pets")]) == status
-    assert capsys.readouterr().err.count(", not pets's 60 images") == 2
+    assert capsys.readouterr().err.count(", not pets's 60 images") == 4
+    folders[0].rename(tmp_path / "moved")
+    folders[3].rename(folders[0])
+    assert plots.main([str(out)]) == 2
+    assert "pets has other images or classes by now" in capsys.readouterr().err
 
 
 def test_the_images_of_a_run_may_move(tmp_path, no_pictures, capsys):
