@@ -45,14 +45,14 @@ def test_what_the_net_sees():
 
 def taken(precision):
     torch.manual_seed(0)
-    dataset = data.load("synthetic", None, CPU, train_images=64)
+    dataset = data.load("synthetic", None, CPU, train_images=32)
     net = build("net136k", 10).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9, nesterov=True)
     scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16")
     inputs = data.normalize(dataset.train_images, dataset.mean, dataset.std)
     labels = dataset.train_labels
     return [
-        step.train_step(net, optimizer, scaler, inputs, labels, precision, 0.0) for _ in range(12)
+        step.train_step(net, optimizer, scaler, inputs, labels, precision, 0.0) for _ in range(8)
     ]
 
 
