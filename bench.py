@@ -63,7 +63,7 @@ def bench_epoch(args: Namespace, argv: list[str]) -> None:
     print(format_ways(seconds))
     figures = {"title": title, "data": dataset.name, "ceilings": vars(ceilings)}
     figures |= {"batch_sizes": rows, "ways_epoch_seconds": seconds}
-    write("epoch", device_name(device), argv, figures)
+    write(of_net("epoch", args.net), device_name(device), argv, figures)
 
 
 def bench_layers(args: Namespace, argv: list[str]) -> None:
@@ -90,7 +90,7 @@ def bench_layers(args: Namespace, argv: list[str]) -> None:
     title = f"ms of each layer, batches of {batch}, {args.net} on {dataset.name}, {precision}"
     print(f"\n{title}; {device_name(device)}\n{format_layers(rows)}")
     figures = {"title": title, "data": dataset.name, "ceilings": vars(ceilings), "layers": rows}
-    write("layers", device_name(device), argv, figures)
+    write(of_net("layers", args.net), device_name(device), argv, figures)
 
 
 def format_layers(rows: list[dict[str, Any]]) -> str:
@@ -121,7 +121,7 @@ def bench_kernels(args: Namespace, argv: list[str]) -> None:
     for row in rows[:40]:
         print(f"{1e6 * row['seconds']:8.1f} {row['count']:6.1f}  {row['name'][:64]}")
     figures = {"title": title, "data": dataset.name, "kernels": rows}
-    write("kernels", device_name(device), argv, figures)
+    write(of_net("kernels", args.net), device_name(device), argv, figures)
 
 
 def prepared(args: Namespace, batch: int) -> tuple[data.Dataset, list[graph.Layer], str]:
@@ -252,7 +252,7 @@ def bench_startup(args: Namespace, argv: list[str]) -> None:
         figures = " ".join(f"{row[f'{part}_seconds']:9.2f} s" for part in parts)
         print(f"{cache:<4} {figures} {row['peak_memory_bytes'] / 2**20:8,.0f} MiB")
     figures = {"title": title, "data": summary["data"], "epochs": epochs, "cache": rows}
-    write("startup", summary["device"], argv, figures)
+    write(of_net("startup", args.net), summary["device"], argv, figures)
 
 
 def bench_trainings(args: Namespace, argv: list[str]) -> None:
@@ -264,6 +264,11 @@ def bench_trainings(args: Namespace, argv: list[str]) -> None:
     print(f"\n{title}; {first['device']}, {first['precision']}\n{trials.table(rows)}")
     path = write(name, first["device"], argv, {"title": title, name: rows})
     trials.draw(path.with_suffix(".png"), rows, args)
+
+
+def of_net(name: str, net: str) -> str:
+    """What its results are called; those of the default net by the name alone."""
+    return name if net == "atrous" else f"{name}-{net}"
 
 
 def write(name: str, device: str, argv: list[str], figures: dict[str, Any]) -> Path:

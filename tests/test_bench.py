@@ -58,7 +58,7 @@ def test_an_epoch_and_its_phases(arguments, briefly, tmp_path, capsys):
     _, title, heading, *rows = capsys.readouterr().out.splitlines()[:5]
     match = re.match(r"seconds for 50,000 images, net136k on pets, (bf16|fp32); CPU", title)
     assert [len(row) for row in rows] == [len(heading)] * 2
-    content = result(tmp_path, "epoch")
+    content = result(tmp_path, "epoch-net136k")
     for row, batch in zip(content["batch_sizes"], (32, 64), strict=True):
         assert row["batch_size"] == batch
         assert row["epoch_seconds"] == 50_000 / batch / 2
@@ -80,7 +80,7 @@ def test_every_layer_beside_its_floor(arguments, briefly, tmp_path, capsys):
     layers = trace(build("net136k", 2)).layers
     assert [row.split()[:2] for row in rows] == [[layer.name, layer.kind] for layer in layers]
     assert max(map(len, [heading, *rows])) <= 80
-    content = result(tmp_path, "layers")
+    content = result(tmp_path, "layers-net136k")
     assert content["data"] == "pets"
     for row, layer in zip(content["layers"], layers, strict=True):
         assert row["forward_seconds"] == row["backward_seconds"] == 256 * 0.001
@@ -90,7 +90,7 @@ def test_every_layer_beside_its_floor(arguments, briefly, tmp_path, capsys):
 def test_what_a_step_is_made_of(arguments, briefly, tmp_path, capsys):
     assert bench.main(["kernels", *arguments[1:3], "--net", "net136k", "--device", "cpu"]) == 0
     assert max(map(len, capsys.readouterr().out.splitlines()[2:-1])) <= 80
-    rows = result(tmp_path, "kernels")["kernels"]
+    rows = result(tmp_path, "kernels-net136k")["kernels"]
     norms = sum(layer.kind == "BatchNorm2d" for layer in trace(build("net136k", 10)).layers)
     (backward,) = [row for row in rows if row["name"] == "aten::native_batch_norm_backward"]
     assert backward["count"] == norms
@@ -110,7 +110,7 @@ def test_augmentations(arguments, briefly, tmp_path, capsys):
 def test_startup(arguments, tmp_path):
     what = [*arguments[1:3], "--net", "net136k", "--device", "cpu"]
     assert bench.main(["startup", *what]) == 0
-    content = result(tmp_path, "startup")
+    content = result(tmp_path, "startup-net136k")
     assert content["epochs"] == 1
     for row in content["cache"].values():
         seconds = row["first_step_seconds"], row["total_seconds"]
