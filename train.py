@@ -162,7 +162,8 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
 
 def resume(training: Training, folder: Path, dataset: data.Dataset, args: Namespace) -> None:
     """Have `training` where the run in `folder` stopped; the run notes where its images lie now."""
-    images = checkpoint.load_config(folder).get("images")
+    config = checkpoint.load_config(folder)
+    images = config.get("images", dataset.checksum)  # which older runs did not note
     if images != dataset.checksum:
         raise UserError(
             f"--resume {folder}: that run trains on {images}, "
