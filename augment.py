@@ -56,7 +56,12 @@ class Params:
 
 
 def sample(policy: Policy, count: int, size: int, device: torch.device) -> Params:
-    """Parameters for `count` images of `size`×`size` pixels, from the device's own generator."""
+    """Parameters for `count` images of `size`×`size` pixels, from the device's own generator.
+
+    Raises ValueError where the hole is larger than the images.
+    """
+    if policy.cutout > size:
+        raise ValueError(f"a hole of {policy.cutout} pixels does not fit into {size}")
 
     def symmetric(*shape: int) -> Tensor:
         return torch.rand(count, *shape, device=device) * 2 - 1
@@ -119,12 +124,11 @@ def apply(
     def cut(images: Tensor, params: Params) -> Tensor:
         return torch.where(_inside(params.hole, size), fill, images)
 
-    with torch.autocast(images.device.type, enabled=False):
-        images = images.to(torch.float32, copy=True)
-        images = _where(params.flip, lambda images, _: images.flip(3), images, params)
-        images = _where(params.affine, warp, images, params)
-        has_hole = params.hole[:, 2] > 0
-        return _where(has_hole, cut, images, params)
+    images = images.to(torch.float32, copy=True)
+    images = _where(params.flip, lambda images, _: images.flip(3), images, params)
+    images = _where(params.affine, warp, images, params)
+    has_hole = params.hole[:, 2] > 0
+    return _where(has_hole, cut, images, params)
 
 
 def inverse_matrix(params: Params, size: int) -> Tensor:

@@ -28,7 +28,8 @@ def take_over(net: nn.Module) -> None:
             windows = layer.kernel_size, layer.stride, layer.padding, layer.dilation
             square = all(len(set(window)) == 1 for window in windows)
             slow = layer.stride != (1, 1) or layer.dilation != (1, 1)
-            if slow and square and layer.out_channels == layer.groups and layer.bias is None:
+            plain = layer.bias is None and layer.padding_mode == "zeros"
+            if slow and square and plain and layer.out_channels == layer.groups:
                 layer.forward = partial(forward, layer)
 
 

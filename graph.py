@@ -73,8 +73,8 @@ class Trace:
 
 class Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        # A pointwise layer is one, be it a subclass that is not PyTorch's.
-        return isinstance(m, POINTWISE) or super().is_leaf_module(m, module_qualified_name)
+        # MirrorNorm is one too, as the BatchNorm that it is.
+        return isinstance(m, nn.BatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
 
 
 def trace(module: nn.Module, input_shape: tuple[int, int, int] = (3, 32, 32)) -> Trace:
@@ -85,7 +85,7 @@ def trace(module: nn.Module, input_shape: tuple[int, int, int] = (3, 32, 32)) ->
     the graph holds an operator this cannot account for.
     """
     module = copy.deepcopy(module).cpu().eval()
-    if not list(module.children()):
+    if Tracer().is_leaf_module(module, ""):
         module = nn.Sequential(module)  # tracing looks into the root, even into a lone Conv2d
     try:
         graph = fx.GraphModule(module, Tracer().trace(module))
@@ -112,7 +112,7 @@ def trace(module: nn.Module, input_shape: tuple[int, int, int] = (3, 32, 32)) ->
             sliding = [n for n in node.all_input_nodes if _slides(fields[n])]
             if sliding and _shape(node) is not None and not _slides(fields[node]):
                 pooled.append(sliding[-1])
-            if _is_layer(node, target):
+            if node.all_input_nodes and _is_layer(node, target):
                 layers.append(_layer(node, target, fields[node]))
     if not pooled:
         raise UserError("receptive field: the net's output does not depend on its input's pixels")
@@ -141,7 +141,7 @@ def _cut(graph: fx.GraphModule, name: str) -> tuple[fx.GraphModule, fx.GraphModu
 def _fields_behind(
     node: fx.Node, target: Any, fields: dict, input_shape: tuple[int, int, int]
 ) -> Fields | None:
-    if node.op == "call_method" and target.endswith("_") and not node.users:
+    if node.op == "call_method" and target.endswith("_") and max(node.args[0].users) is not node:
         raise _unaccounted(node, target)  # it changes what others use, unseen by the graph
     inputs = [n for n in node.all_input_nodes if fields[n] != NOTHING]
     if not inputs or _shape(node) is None:

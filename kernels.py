@@ -173,7 +173,7 @@ def _normalize(
     if skip is not None:
         value += matrix(skip, at, there)
     if RELU:
-        value = tl.maximum(value, 0)
+        value = tl.where(value < 0, 0, value)  # keeps NaN, of which tl.maximum would make 0
     tl.store(y + at, value, mask=there)
 
 
@@ -224,7 +224,7 @@ class _Mirrored(torch.autograd.Function):
     ) -> Tensor:
         outputs, inputs, kernel, _ = alike.shape
         shape = 2 * outputs, inputs * (1 if differing is None else 2), kernel, kernel
-        if inputs == 1:  # depthwise: channels next to each other, as _window reads them
+        if shape[1] == 1:  # depthwise: channels next to each other, as _window reads them
             weight = alike.new_empty(kernel, kernel, 1, shape[0], dtype=dtype).permute(3, 2, 0, 1)
         else:
             weight = torch.empty(shape, dtype=dtype, device=alike.device, memory_format=LAST)

@@ -46,8 +46,9 @@ def has_grids(layer: nn.Conv2d, x: Tensor) -> bool:
     if any(len(set(window)) > 1 for window in windows):
         return False
     d, padding, stride = (window[0] for window in windows)
+    zeros = layer.padding_mode == "zeros"
     whole = stride == 1 and x.shape[2] % d == x.shape[3] % d == 0
-    return d > 1 and padding % d == 0 and (stride == d or whole)
+    return d > 1 and zeros and padding % d == 0 and (stride == d or whole)
 
 
 def on_grids(layer: nn.Conv2d, x: Tensor) -> Tensor:

@@ -41,12 +41,12 @@ def write_outcome(
 ) -> dict[str, Any]:
     """The predictions, the net and the pictures of a trained `net`; its accuracies.
 
-    `predictions` are logits (N, classes) of the test images, plain and averaged with their mirror
-    images'; `examples` training images as the net gets them, float32 (N, 3, 32, 32), and labels.
+    `predictions` are logits (N, classes) of the test images and of their mirror images; `examples`
+    training images as the net gets them, float32 (N, 3, 32, 32), and labels.
     """
     import plots
 
-    logits, flipped = predictions
+    logits, mirrored = predictions
     with written_whole(folder / "predictions.npy") as file:
         np.save(file, logits.cpu().numpy())
     content = {
@@ -71,7 +71,7 @@ def write_outcome(
         "final_accuracy": accuracy(logits, dataset.test_labels),
         "best_accuracy": best["test_accuracy"],
         "best_epoch": best["epoch"],
-        "flip_accuracy": accuracy(flipped, dataset.test_labels),
+        "flip_accuracy": accuracy(logits + mirrored, dataset.test_labels),
     }
 
 

@@ -188,7 +188,7 @@ def capture_stream() -> torch.cuda.Stream:
 
 @torch.no_grad()
 def predict_logits(net: nn.Module, dataset: Dataset, precision: str, flip: bool = False) -> Tensor:
-    """Logits float32 (N, classes) of the test images; `flip` averages in their mirror images'.
+    """Logits float32 (N, classes) of the test images, or with `flip` of their mirror images.
 
     Several processes share the batches and sum what each has, zero where it has nothing.
     """
@@ -199,7 +199,5 @@ def predict_logits(net: nn.Module, dataset: Dataset, precision: str, flip: bool 
     for start in ranks.share(range(0, len(images), size)):
         batch = slice(start, start + size)
         inputs = normalize(images[batch], dataset.mean, dataset.std)
-        logits[batch] = forward(net, inputs, precision)
-        if flip:
-            logits[batch] = (logits[batch] + forward(net, inputs.flip(3), precision)) / 2
+        logits[batch] = forward(net, inputs.flip(3) if flip else inputs, precision)
     return ranks.total(logits)

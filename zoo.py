@@ -229,8 +229,8 @@ RECIPES = {
         | {"cutout": 12, "cutout_min": 1, "fill": 0.5 * 255, "cutout_p": 0.5},
         TRUNCATED,
     ),
-    # It changed the colours last, of the hole too. Brightness and contrast are the limits that
-    # albumentations takes where, as here, a call names none.
+    # It changed the colours last, of the hole too, whose probability is not known. Brightness and
+    # contrast are the limits that albumentations takes where, as here, a call names none.
     "net134k": Recipe(
         {"batch_size": 512, "dropout": 0.02, "flip_p": 0.1}
         | {"shift": 0.05, "scale": 0.05, "rotate": 15.0, "affine_p": 0.5}

@@ -187,6 +187,13 @@ def test_any_unit(images, params):
     torch.testing.assert_close(scaled * 255, whole, atol=1e-3, rtol=0)
 
 
+def test_what_is_given_stays_as_it_was(images, params):
+    before = images.float()
+    given = before.clone()
+    apply(given, params, 0.0)
+    assert torch.equal(given, before)
+
+
 def test_autocast_changes_nothing(images, params):
     with torch.autocast("cpu", torch.bfloat16):
         result = apply(images, params, 0.0)
@@ -305,6 +312,13 @@ def test_colour_parameters():
         expected[limit - 1] = 2  # truncation towards zero: −1 < s < 1
         assert stats.chisquare(counts[1 : 2 * limit], DRAWS * expected / (2 * limit)).pvalue > ALPHA
     assert not drawn.rgb_shift[:, 2].any()
+    drawn = sample(Policy(**colour, brightness_contrast_p=0.5), DRAWS, 32, CPU)
+    assert torch.equal(drawn.alpha != 1, drawn.beta != 0)
+
+
+def test_a_hole_larger_than_the_images_is_an_error():
+    with pytest.raises(ValueError, match="16 pixels does not fit into 15"):
+        sample(Policy(), 1, 15, CPU)
 
 
 @pytest.mark.gpu

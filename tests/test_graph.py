@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from common import UserError
 from graph import trace
@@ -124,6 +125,21 @@ def test_multiply_adds_of_a_linear_layer_for_every_row():
     behind = nn.Flatten(), nn.Unflatten(1, (2, 4)), nn.Linear(4, 5)
     net = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.AdaptiveAvgPool2d(1), *behind)
     assert [layer.multiply_adds for layer in trace(net).layers] == [8 * 48 * 64, 0, 2 * 4 * 5]
+
+
+def test_a_parametrized_layer():
+    net = weight_norm(conv(3, 4, 3))
+    assert receptive_field(net) == 3
+    with pytest.raises(UserError, match="node conv2d"):
+        receptive_field(Wrap(lambda m, x: F.conv2d(x, m.a.weight), net))
+
+
+def test_a_layer_of_its_own_is_what_it_computes():
+    class Blurred(nn.ReLU):
+        def forward(self, x):
+            return F.avg_pool2d(super().forward(x), 3, 1, 1)
+
+    assert receptive_field(Blurred()) == 3
 
 
 def test_a_pooling_may_take_two_steps():
@@ -259,6 +275,12 @@ def added_in_place(m, x):
     return m.b(x)
 
 
+def added_in_place_and_used(m, x):
+    x = m.a(x)
+    y = x.add_(m.b(x))
+    return m.b(x) + y
+
+
 UNACCOUNTED = {
     "roll": lambda m, x: torch.roll(m.a(x), 1, 3),
     "view": lambda m, x: m.b(shuffled(m.a(x))),
@@ -277,6 +299,7 @@ UNACCOUNTED = {
     "lp_pool2d": lambda m, x: m.b(F.lp_pool2d(m.a(x), 2, 2)),
     "mean.?": lambda m, x: F.conv1d(m.a(x).mean(2), m.b.weight[:, :, 0]),
     "add_": added_in_place,
+    "add_.*": added_in_place_and_used,
 }
 
 

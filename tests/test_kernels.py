@@ -63,9 +63,9 @@ def test_depthwise(channels, kernel, size, options):
 @pytest.mark.parametrize("skips", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_norm(relu, skips, layout):
-    x = (3 + 2 * maps(3, 12, 5, 5, layout=layout)).detach().requires_grad_()
-    skip = maps(3, 12, 5, 5, layout=layout) if skips else None
-    layer = mirror.MirrorNorm(6, relu).to(DEVICE)
+    x = (3 + 2 * maps(3, 40, 5, 5, layout=layout)).detach().requires_grad_()
+    skip = maps(3, 40, 5, 5, layout=layout) if skips else None
+    layer = mirror.MirrorNorm(20, relu).to(DEVICE)
     nn.init.uniform_(layer.weight), nn.init.normal_(layer.bias)
     plain = copy.deepcopy(layer)
     plain.weight, plain.bias = layer.weight, layer.bias
@@ -84,10 +84,20 @@ def test_programs_share_rows_that_they_cannot_take_at_once():
     assert_same(kernels.norm(layer, x, None), layer.by_pytorch(x), (x, layer.weight, layer.bias))
 
 
+@loops
+def test_what_is_no_number_stays_none():
+    x, layer = maps(2, 6, 4, 4).detach(), mirror.MirrorNorm(3, relu=True).to(DEVICE)
+    x[0, 0] = torch.nan
+    found, expected = kernels.norm(layer, x, None), layer.by_pytorch(x)
+    assert torch.equal(found.isnan(), expected.isnan())
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("shape", [(4, 6, 3, 3), (4, 6, 1, 1), (5, 3, 3, 3), (5, 1, 4, 4)])
+@pytest.mark.parametrize(
+    "shape", [(4, 1, 3, 3), (4, 6, 3, 3), (4, 6, 1, 1), (5, 3, 3, 3), (5, 1, 4, 4)]
+)
 def test_mirrored_weights(shape, layout):
-    sources = [maps(*shape, layout=layout) for _ in range(2 if shape[1] == 6 else 1)]
+    sources = [maps(*shape, layout=layout) for _ in range(2 if shape[0] == 4 else 1)]
     plain = (mirror.Mixed() if len(sources) == 2 else mirror.Paired()).eval()
     assert_same(kernels.mirrored(*sources, *[None][len(sources) - 1 :]), plain(*sources), sources)
 
@@ -99,13 +109,14 @@ def test_slow_convolutions_alone_are_taken_over():
         {"groups": 4},
         {"groups": 4, "stride": 2, "bias": True},
         {"groups": 4, "stride": (2, 1)},
+        {"groups": 4, "stride": 2, "padding": 1, "padding_mode": "reflect"},
         {"groups": 2, "stride": 2},
         {"stride": 2},
     )
     net = nn.ModuleList(nn.Conv2d(4, 4, 3, **{"bias": False} | each) for each in options)
     net.append(nn.Conv2d(4, 8, 3, groups=4, stride=2, bias=False))
     depthwise.take_over(net)
-    assert ["forward" in vars(layer) for layer in net] == [True, True, *[False] * 6]
+    assert ["forward" in vars(layer) for layer in net] == [True, True, *[False] * 7]
     x = torch.randn(1, 4, 9, 9)
     assert torch.equal(net[0](x), F.conv2d(x, net[0].weight, dilation=2, groups=4))
 

@@ -8,6 +8,7 @@ from itertools import chain, repeat
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import checkpoint
 import data
@@ -126,6 +127,17 @@ def test_the_saved_net_predicts_what_the_run_did(finished):
     net.to(memory_format=torch.channels_last)
     logits = step.predict_logits(net, dataset, precision).numpy()
     np.testing.assert_allclose(logits, np.load(folder / "predictions.npy"), atol=0.05)
+
+
+def test_the_accuracy_averaged_over_mirror_images(tmp_path, monkeypatch, no_pictures):
+    def logits(net, dataset, precision, flip=False):  # wrong; surely right, or less so than wrong
+        right = F.one_hot(dataset.test_labels, 10).float()
+        return right * torch.tensor([2.0, 0.5]).repeat(50).view(-1, 1) if flip else -right
+
+    monkeypatch.setattr(step, "predict_logits", logits)
+    assert train.main([*SMALL, "--out", str(tmp_path)]) == 0
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert (summary["final_accuracy"], summary["flip_accuracy"]) == (0, 0.5)
 
 
 def test_what_is_printed_when_piped(finished):

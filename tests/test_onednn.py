@@ -53,6 +53,7 @@ def gradients(layer, convolve, x):
         ({"dilation": 2, "stride": 3, "padding": 2}, 8, False),
         ({"dilation": (1, 2), "padding": (1, 2)}, 8, False),
         ({"dilation": 2, "padding": (2, 4)}, 8, False),
+        ({"dilation": 2, "padding": 2, "padding_mode": "reflect"}, 8, False),
         ({"padding": 1, "groups": 6}, 8, True),
     ],
 )

@@ -1,3 +1,4 @@
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -57,6 +58,17 @@ def test_the_seed_decides(workers):
         epochs.append(epoch(loader(*numbered(50), workers))[0])
     assert torch.equal(epochs[0], epochs[1])
     assert not torch.equal(epochs[0], epochs[2])
+
+
+def test_transforms_are_those_of_the_policy():
+    colours = {"rgb_shift": (10, 5, 0.5), "rgb_shift_p": 0.6, "brightness": 0.2, "contrast": 0.3}
+    policy = Policy(**colours, brightness_contrast_p=0.7, cutout=0)
+    rgb, light, _, affine = reference.compose(policy, (1.0, 2.0, 3.0)).transforms
+    limits = rgb.r_shift_limit, rgb.g_shift_limit, rgb.b_shift_limit
+    assert limits == tuple((-x / 255, x / 255) for x in policy.rgb_shift)
+    assert (light.brightness_limit, light.contrast_limit) == ((-0.2, 0.2), (-0.3, 0.3))
+    assert (rgb.p, light.p) == (0.6, 0.7)
+    assert (affine.border_mode, tuple(affine.fill)) == (cv2.BORDER_REFLECT_101, (1, 2, 3))
 
 
 def test_flip_and_hole_are_independent():
