@@ -2,8 +2,10 @@
 
 import json
 import shlex
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, TypeVar
 
 import numpy as np
 import torch
@@ -13,6 +15,7 @@ import data
 from common import UserError, check_sums, first_line, written_whole
 from model import build
 
+T = TypeVar("T")
 FORMAT = 2  # of both files; raise when their keys change, those of the nets too
 
 
@@ -94,27 +97,23 @@ def load_data(run: Path, device: torch.device) -> data.Dataset:
 
 def load_summary(run: Path) -> dict[str, Any]:
     """What the run in a folder came to. Raises UserError where it is missing or damaged."""
-    path = run / "summary.json"
-    try:
-        return dict(json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is missing or damaged: {error}") from error
+    return _read(run / "summary.json", lambda file: dict(json.load(file)))
 
 
 def load_history(run: Path) -> list[dict[str, Any]]:
     """The epochs of the run in a folder. Raises UserError where they are missing or damaged."""
-    path = run / "metrics.jsonl"
-    try:
-        return [dict(json.loads(line)) for line in path.read_text().splitlines()]
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"{path} is missing or damaged: {error}") from error
+    return _read(run / "metrics.jsonl", lambda file: [dict(json.loads(line)) for line in file])
 
 
 def load_predictions(run: Path) -> np.ndarray:
     """The test logits float32 (N, classes) of the run in a folder. Raises UserError where they are
     missing or damaged."""
-    path = run / "predictions.npy"
+    return _read(run / "predictions.npy", partial(np.load, allow_pickle=False))
+
+
+def _read(path: Path, parse: Callable[[BinaryIO], T]) -> T:
     try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} is missing or damaged: {error}") from error
+        with path.open("rb") as file:
+            return parse(file)
+    except Exception as error:  # a damaged file can fail in any way
+        raise UserError(f"{path} is missing or damaged: {first_line(error)}") from error

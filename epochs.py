@@ -6,6 +6,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -122,7 +123,7 @@ def run_epoch(
 def run_epochs(training: Training, dataset: data.Dataset, args: Namespace, folder: Path) -> None:
     """Those that are left, each with its checkpoint, its metrics and its printed line. Raises
     Terminated after the epoch in which SIGTERM came to one of the processes."""
-    steps = len(dataset.train_images) // args.batch_size
+    device, steps = dataset.train_images.device, len(dataset.train_images) // args.batch_size
     done = {"total": args.epochs * steps, "initial": len(training.history) * steps}
     quiet = True if ranks.rank() or not sys.stderr else None  # None: off without a terminal
     with (
@@ -137,13 +138,17 @@ def run_epochs(training: Training, dataset: data.Dataset, args: Namespace, folde
                 take_step = step.make_step(training, dataset, args, radius)
                 training.elapsed += time.perf_counter() - begun
             run_epoch(training, take_step, dataset, args, bar)
-            if ranks.rank() == 0:
-                checkpoint.save(folder / "last.pt", training.state())
-                report.write_history(folder, training.history)
-                with tqdm.external_write_mode():
-                    print(report.format_line(training.history[-1]), flush=True)
-            if ranks.any_says(asked_to_end.is_set(), dataset.train_images.device):
+            ranks.by_main(partial(keep, training, folder), device)
+            if ranks.any_says(asked_to_end.is_set(), device):
                 raise Terminated(going_on(folder))
+
+
+def keep(training: Training, folder: Path) -> None:
+    """The checkpoint behind an epoch, its metrics and its line."""
+    checkpoint.save(folder / "last.pt", training.state())
+    report.write_history(folder, training.history)
+    with tqdm.external_write_mode():
+        print(report.format_line(training.history[-1]), flush=True)
 
 
 def sam_radius(args: Namespace, epoch: int) -> float:

@@ -22,7 +22,7 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
 
     def parse(text: str) -> float:
         value = kind(text)
-        if math.isinf(value):
+        if abs(value) == math.inf:
             raise argparse.ArgumentTypeError(f"{text} is not finite")
         if not low <= value <= high or (above and value == low):
             bounds = f"above {low}" if above else f"at least {low}"
@@ -41,7 +41,7 @@ def make_parser() -> Parser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Train a CIFAR-10 net of fewer than 200,000 parameters.",
     )
-    count, share = number(int, 1), number(float, 0, 1)
+    count, share = number(int, 1, 10**9), number(float, 0, 1)
     flag = parser.add_argument_group("data").add_argument
     flag("--data", default="auto", help="auto, cifar10, synthetic, or a folder or archive")
     flag("--data-dir", default="data", help="where CIFAR-10 lies or is downloaded to")

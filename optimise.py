@@ -11,16 +11,14 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CyclicLR, LRScheduler, OneCycleLR, StepLR
 
 import onednn
-import ranks
 from machine import triton_kernels
 
 
 @dataclass
 class Training:
-    """What a run changes as it goes, and what a checkpoint holds: all but `parallel`."""
+    """What a run changes as it goes, and what a checkpoint holds."""
 
     net: nn.Module
-    parallel: nn.Module  # the net, averaging gradients over the processes
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler
     scaler: torch.amp.GradScaler
@@ -32,7 +30,6 @@ class Training:
         return {
             name: value.state_dict() if hasattr(value, "state_dict") else value
             for name, value in vars(self).items()
-            if name != "parallel"
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -66,7 +63,7 @@ def make_training(net: nn.Module, args: Namespace, device: torch.device, steps: 
         fused=(device.type == "cuda" and not scaler.is_enabled()) or None,
     )
     scheduler = make_scheduler(optimizer, args, steps)
-    return Training(net, ranks.parallel(net), optimizer, scheduler, scaler)
+    return Training(net, optimizer, scheduler, scaler)
 
 
 def parameter_groups(net: nn.Module, args: Namespace) -> list[dict[str, Any]]:

@@ -1,17 +1,18 @@
 """Several processes that train one net, as torchrun starts them: what they share and exchange.
 
-Each holds the whole data set and computes its share of every batch; DistributedDataParallel
-averages the gradients. BatchNorm normalises by each process's own share. With one process all of
-this is idle.
+Each holds the whole data set and computes its share of every batch; the gradients are averaged.
+BatchNorm normalises by each process's own share. With one process all of this is idle.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from common import UserError
 
 S = TypeVar("S", range, Tensor)
 
@@ -48,9 +49,27 @@ def main_first() -> Iterator[None]:
             dist.barrier()
 
 
-def parallel(net: nn.Module) -> nn.Module:
-    """`net`, with gradients averaged over the processes."""
-    return nn.parallel.DistributedDataParallel(net) if count() > 1 else net
+def by_main(job: Callable[[], object], device: torch.device) -> None:
+    """Have process 0 do what it alone does. Where it fails, each process ends with its own line."""
+    failed = None
+    try:
+        if rank() == 0:
+            job()
+    except (UserError, OSError) as error:
+        failed = error
+    if any_says(failed is not None, device):
+        raise failed or UserError("process 0 failed")
+
+
+def average_gradients(net: nn.Module) -> None:
+    """Over the processes, in one piece. DistributedDataParallel orders its pieces anew behind its
+    first step: three processes or more, if resumed, would add up in another order."""
+    if count() > 1:
+        gradients = [p.grad for p in net.parameters()]
+        mean = total(torch.cat([g.flatten() for g in gradients])) / count()
+        parts = mean.split([g.numel() for g in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view(gradient.shape))
 
 
 def share(items: S) -> S:

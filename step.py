@@ -67,6 +67,7 @@ def train_step(
         logits = forward(net, inputs[:count], precision)
         loss = F.cross_entropy(logits, labels[:count], label_smoothing=label_smoothing)
         scaler.scale(loss).backward()
+        ranks.average_gradients(net)
         return loss, logits
 
     batch = len(labels)
@@ -115,7 +116,7 @@ def make_step(training: Training, dataset: Dataset, args: Namespace, radius: flo
     On one GPU it is a CUDA graph: the launches of so small a net take longer than its arithmetic.
     Eager remain fp16, whose loss scaler decides on the host, and several processes.
     """
-    net = torch.compile(training.parallel) if args.compile else training.parallel
+    net = torch.compile(training.net) if args.compile else training.net
 
     def step(inputs: Tensor, labels: Tensor) -> Tensor:
         return train_step(

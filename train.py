@@ -6,13 +6,14 @@ Nothing but the net's own arithmetic should cost time: the data set lies on the 
 indexed and augmented there, and the host reads figures once an epoch.
 """
 
+import fcntl
 import os
 import shlex
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -63,39 +64,39 @@ def run(args: Namespace, command: str, dataset: data.Dataset, start: float) -> d
     training = make_training(net, args, device, steps)
     facts = facts_of(net, trace, dataset, args, command)
     folder = Path(args.resume or run_folder(args, dataset.name))
-    if args.resume and (folder / "last.pt").exists():
-        resume(training, folder, dataset, args)
-        if len(training.history) == args.epochs and (folder / "summary.json").exists():
-            print(f"{folder} has all its {args.epochs} epochs")
-            return checkpoint.load_summary(folder)
-        start -= training.elapsed
-    else:
-        write_config(folder, {"flags": vars(args), **facts})
-    report.announce(facts, dataset, folder)
-    if args.recipe is not None:
-        print(describe_recipe(args))
-    print(f"\n{report.HEADER}", flush=True)
-    with ending_in_one_line(args, folder, device):
+    with alone_in(folder, device), ending_in_one_line(args, folder, device):
+        if args.resume and (folder / "last.pt").exists():
+            resume(training, folder, dataset, args)
+            if len(training.history) == args.epochs and (folder / "summary.json").exists():
+                print(f"{folder} has all its {args.epochs} epochs")
+                return checkpoint.load_summary(folder)
+            start -= training.elapsed
+        else:
+            write_config(folder, {"flags": vars(args) | {"resume": None}, **facts}, device)
+        report.announce(facts, dataset, folder)
+        if args.recipe is not None:
+            print(describe_recipe(args))
+        print(f"\n{report.HEADER}", flush=True)
         epochs.run_epochs(training, dataset, args, folder)
-    logits = [step.predict_logits(net, dataset, args.precision, flip) for flip in (False, True)]
-    if ranks.rank() > 0:
-        return facts
-    torch.manual_seed(args.seed)
-    examples = next(epochs.training_batches(dataset, args))
-    summary = {
-        **report.write_outcome(folder, net, dataset, args, training.history, logits, examples),
-        "target": args.target,
-        "target_reached": training.reached,
-        "training_seconds": training.elapsed,
-        "total_seconds": time.perf_counter() - start,
-        "seed": args.seed,
-        "epochs": args.epochs,
-        **facts,
-    }
-    report.write_card(folder, summary, vars(args))
-    report.write_json(folder / "summary.json", summary)
-    report.show(summary)
-    return summary
+        logits = [step.predict_logits(net, dataset, args.precision, flip) for flip in (False, True)]
+        if ranks.rank() > 0:
+            return facts
+        torch.manual_seed(args.seed)
+        examples = next(epochs.training_batches(dataset, args))
+        summary = {
+            **report.write_outcome(folder, net, dataset, args, training.history, logits, examples),
+            "target": args.target,
+            "target_reached": training.reached,
+            "training_seconds": training.elapsed,
+            "total_seconds": time.perf_counter() - start,
+            "seed": args.seed,
+            "epochs": args.epochs,
+            **facts,
+        }
+        report.write_card(folder, summary, vars(args))
+        report.write_json(folder / "summary.json", summary)
+        report.show(summary)
+        return summary
 
 
 def facts_of(
@@ -120,12 +121,38 @@ def facts_of(
 
 
 @contextmanager
+def alone_in(folder: Path, device: torch.device) -> Iterator[None]:
+    """Hold a run's folder, made where it is missing, against other processes that would write
+    there. Raises UserError where one does. Some network file systems know no such locks."""
+    with ExitStack() as held:
+
+        def hold() -> None:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                handle = os.open(folder, os.O_RDONLY)
+            except OSError as error:
+                raise UserError(f"--out {folder} cannot be written: {error}") from error
+            held.callback(os.close, handle)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise UserError(f"{folder}: another process is at this run; let it end") from error
+            except OSError:
+                pass
+
+        ranks.by_main(hold, device)
+        yield
+
+
+@contextmanager
 def ending_in_one_line(args: Namespace, folder: Path, device: torch.device) -> Iterator[None]:
-    """Has what stops a training say in one line how to go on."""
+    """Has what stops a run say in one line how to go on."""
     try:
         yield
     except KeyboardInterrupt as interrupt:
         raise KeyboardInterrupt(going_on(folder)) from interrupt
+    except BrokenPipeError:  # for whoever pipes the run
+        raise
     except OSError as error:  # a full disk, say
         raise UserError(f"{error}; {going_on(folder)}") from error
     except (RuntimeError, MemoryError) as error:
@@ -151,24 +178,27 @@ def refuse_existing(folder: Path, device: torch.device) -> None:
         raise UserError(f"--out {folder} is not a folder")
 
 
-def write_config(folder: Path, config: dict[str, Any]) -> None:
-    if ranks.rank() == 0:
+def refuse_other_images(config: dict[str, Any], dataset: data.Dataset, args: Namespace) -> None:
+    images = config.get("images", dataset.checksum)  # which older runs did not note
+    if images != dataset.checksum:
+        raise UserError(
+            f"--resume {args.resume}: that run trains on {images}, "
+            f"not {dataset.name}'s {dataset.checksum}"
+        )
+
+
+def write_config(folder: Path, config: dict[str, Any], device: torch.device) -> None:
+    def write() -> None:
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             report.write_json(folder / "config.json", config)
         except OSError as error:
             raise UserError(f"--out {folder} cannot be written: {error}") from error
 
+    ranks.by_main(write, device)
+
 
 def resume(training: Training, folder: Path, dataset: data.Dataset, args: Namespace) -> None:
     """Have `training` where the run in `folder` stopped; the run notes where its images lie now."""
-    config = checkpoint.load_config(folder)
-    images = config.get("images", dataset.checksum)  # which older runs did not note
-    if images != dataset.checksum:
-        raise UserError(
-            f"--resume {folder}: that run trains on {images}, "
-            f"not {dataset.name}'s {dataset.checksum}"
-        )
     state = checkpoint.load(folder / "last.pt")
     try:
         training.load_state(state)
@@ -176,16 +206,16 @@ def resume(training: Training, folder: Path, dataset: data.Dataset, args: Namesp
         raise UserError(
             f"--resume {folder}: last.pt does not fit this run: {first_line(error)}"
         ) from error
-    note_source(folder, args, dataset.name)
+    note_source(folder, dataset, args)
     if ranks.rank() == 0:
         report.write_history(folder, training.history)
 
 
-def note_source(folder: Path, args: Namespace, name: str) -> None:
+def note_source(folder: Path, dataset: data.Dataset, args: Namespace) -> None:
     """Have a run's config say where its images lie now, and their name there."""
-    config = checkpoint.load_config(folder) | {"data": name}
+    config = checkpoint.load_config(folder) | {"data": dataset.name}
     config["flags"] |= {"data": args.data, "data_dir": args.data_dir}
-    write_config(folder, config)
+    write_config(folder, config, dataset.train_images.device)
 
 
 def run_all(args: Namespace, argv: list[str]) -> None:
@@ -212,8 +242,10 @@ def run_seeds(args: Namespace, argv: list[str], device: torch.device) -> None:
     if not args.resume:
         refuse_existing(run_folder(args, dataset.name), device)
     command = shlex.join(["python", "train.py", *argv])
-    if args.resume:  # the one that began it, for whoever repeats it
-        command = checkpoint.load_config(Path(args.resume)).get("command", command)
+    if args.resume:
+        config = checkpoint.load_config(Path(args.resume))
+        refuse_other_images(config, dataset, args)
+        command = config.get("command", command)  # that began it, for whoever repeats it
     if args.repeat == 1:
         run(args, command, dataset, start)
     else:
@@ -225,27 +257,30 @@ def run_seeds(args: Namespace, argv: list[str], device: torch.device) -> None:
 def repeat(args: Namespace, command: str, dataset: data.Dataset) -> None:
     """A run for each seed, in folders of their own, and their mean. With --resume, those that are
     there already are gone on with."""
-    base = Path(args.resume or run_folder(args, dataset.name))
+    base, device = Path(args.resume or run_folder(args, dataset.name)), dataset.train_images.device
     folders = {seed: base / f"s{seed}" for seed in range(args.seed, args.seed + args.repeat)}
-    if args.resume:
-        note_source(base, args, dataset.name)
-    else:
+    if not args.resume:
         for folder in folders.values():
-            refuse_existing(folder, dataset.train_images.device)
-        write_config(base, {"flags": vars(args), "data": dataset.name, "command": command})
-    summaries = []
-    for seed, folder in folders.items():
-        own = {"seed": seed, "repeat": 1, "out": str(folder), "resume": None}
-        if (folder / "last.pt").exists():
-            precision = checkpoint.load_config(folder)["flags"]["precision"]  # as it was chosen
-            own |= {"resume": str(folder), "precision": precision}
-        each = Namespace(**vars(args) | own)
-        try:
-            summaries.append(run(each, command, dataset, time.perf_counter()))
-        except (KeyboardInterrupt, Terminated) as ended:
-            raise type(ended)(going_on(base, "with this seed and the rest")) from ended
-    if ranks.rank() == 0:
-        report.write_repeats(base, summaries)
+            refuse_existing(folder, device)
+    with alone_in(base, device):
+        if args.resume:
+            note_source(base, dataset, args)
+        else:
+            facts = {"data": dataset.name, "images": dataset.checksum, "command": command}
+            write_config(base, {"flags": vars(args), **facts}, device)
+        summaries = []
+        for seed, folder in folders.items():
+            own = {"seed": seed, "repeat": 1, "out": str(folder), "resume": None}
+            if (folder / "last.pt").exists():
+                precision = checkpoint.load_config(folder)["flags"]["precision"]  # as it was chosen
+                own |= {"resume": str(folder), "precision": precision}
+            each = Namespace(**vars(args) | own)
+            try:
+                summaries.append(run(each, command, dataset, time.perf_counter()))
+            except (KeyboardInterrupt, Terminated) as ended:
+                raise type(ended)(going_on(base, "with this seed and the rest")) from ended
+        if ranks.rank() == 0:
+            report.write_repeats(base, summaries)
 
 
 def main(argv: list[str]) -> int:

@@ -97,7 +97,7 @@ def test_depthwise_convolutions_stay_in_float32_on_a_cpu():
     for module in net:
         module.register_forward_hook(lambda *call: outputs.append(call[-1]))
     with torch.autocast("cpu", torch.bfloat16):
-        training.parallel(images.bfloat16()).sum().backward()
+        training.net(images.bfloat16()).sum().backward()
     assert [output.dtype for output in outputs] == [torch.float32, torch.bfloat16, torch.bfloat16]
     torch.testing.assert_close(outputs[0], expected)
     assert net[0].weight.grad.abs().sum() > 0
@@ -135,7 +135,7 @@ def test_what_is_computed_in_float32_keeps_no_float32_for_backward():
     expected = torch.autograd.grad(plain.square().sum(), [net.weight, images])
     seen, convolve = [], net.forward
     net.forward = lambda x: seen.append(weakref.ref(x)) or convolve(x)
-    output = make_training(net, flags.parse_flags([]), CPU, 1).parallel(images)
+    output = make_training(net, flags.parse_flags([]), CPU, 1).net(images)
     assert seen[0]() is None
     found = torch.autograd.grad(output.square().sum(), [net.weight, images])
     torch.testing.assert_close(found, expected)
