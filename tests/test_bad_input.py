@@ -9,6 +9,8 @@ from test_main_job import SMALL
 
 import checkpoint
 import data
+import flags
+import report
 import step
 import train
 
@@ -38,6 +40,7 @@ BAD_FLAGS = [
     (["--dropout", "1"], "--dropout"),
     (["--holdout", "5000"], "--holdout"),
     (["--resume", "nowhere"], "nowhere/config.json"),
+    (["--epochs", "1" + 400 * "0"], "--epochs"),
     (["--epoch", "3"], "--epoch"),
     (["--out", "file/run"], "--out file/run"),
     (["--out", "file"], "--out file"),
@@ -67,6 +70,22 @@ def test_an_existing_run_is_not_overwritten(finished, capsys):
     assert train.main([*SMALL, "--out", str(folder)]) == 2
     assert f"--resume {folder}" in capsys.readouterr().err
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
+def test_a_file_of_a_run_is_not_overwritten(tmp_path, capsys):
+    (tmp_path / "last.pt").write_text("kept")
+    assert train.main([*SMALL, "--out", str(tmp_path)]) == 2
+    assert "a run is there already; give another --out" in capsys.readouterr().err
+    assert (tmp_path / "last.pt").read_text() == "kept"
+
+
+def test_a_run_that_nobody_reads(tmp_path, monkeypatch):
+    def closed(line):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(report, "format_line", closed)
+    with pytest.raises(BrokenPipeError):  # which common.exit_status makes 141
+        train.run_all(flags.parse_flags([*SMALL, "--out", str(tmp_path)]), [])
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, capsys):

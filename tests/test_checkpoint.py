@@ -2,6 +2,7 @@ import json
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -92,6 +93,16 @@ def test_bad_files_are_one_line(tmp_path, spoil):
     with pytest.raises(UserError) as error:
         checkpoint.load_net(path)
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("byte", [0, 8, 21, 90])
+def test_damaged_predictions_are_one_line(tmp_path, byte):
+    np.save(tmp_path / "predictions.npy", np.zeros((4, 10), np.float32))
+    content = bytearray((tmp_path / "predictions.npy").read_bytes())
+    content[byte] ^= 1 << 6
+    (tmp_path / "predictions.npy").write_bytes(content[:-1])
+    with pytest.raises(UserError, match=r"predictions\.npy is missing or damaged: "):
+        checkpoint.load_predictions(tmp_path)
 
 
 @pytest.mark.parametrize(("ahead", "other"), [(1, "a newer"), (-1, "an older")])

@@ -1,6 +1,7 @@
 """What every command does with its output and its end."""
 
 import io
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -34,6 +35,13 @@ def test_an_error_is_a_line_of_readable_characters(capsys):
 
     assert common.exit_status(job) == 2
     assert capsys.readouterr().err == "error: first second ?[2J?\n"
+
+
+def test_a_second_sigterm_ends_as_ever():
+    with common.noting_sigterm() as asked:
+        signal.raise_signal(signal.SIGTERM)
+        assert asked.is_set()
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_the_way_on_can_be_pasted():

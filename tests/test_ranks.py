@@ -19,6 +19,7 @@ from test_main_job import lines
 
 import checkpoint
 import data
+import ranks
 import report
 import step
 import train
@@ -74,6 +75,9 @@ def test_two_processes_learn_what_one_does(tmp_path):
     assert exit_codes([start([*run, "--out", tmp_path / "one"])]) == [0]
     nets = (checkpoint.load(tmp_path / name / "model.pt")["state_dict"] for name in ("two", "one"))
     torch.testing.assert_close(*nets, rtol=1e-3, atol=1e-5)
+    for one, two in zip(*(lines(tmp_path / name) for name in ("one", "two")), strict=True):
+        for figure in ("train_loss", "train_accuracy"):
+            assert two[figure] == pytest.approx(one[figure], rel=1e-3)
 
 
 def test_the_accuracy_is_that_of_one_process(pair, run):
@@ -106,6 +110,39 @@ def test_a_mistake_that_process_0_meets_first(tmp_path, run):
     (tmp_path / "there").mkdir()
     (tmp_path / "there/config.json").touch()
     assert together(2, [*run, "--out", tmp_path / "there"], tmp_path) == [2, 2]
+
+
+def test_a_mistake_that_process_0_alone_meets(tmp_path, run):
+    (tmp_path / "file").touch()
+    assert together(2, [*run, "--out", tmp_path / "file/run"], tmp_path) == [2, 2]
+
+
+def test_process_0_goes_first(monkeypatch):
+    seen = []
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr(ranks.dist, "barrier", lambda: seen.append("barrier"))
+    for rank, expected in ((0, ["first", "barrier"]), (1, ["barrier", "second"])):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        with ranks.main_first():
+            seen.append(("first", "second")[rank])
+        assert seen == expected
+        seen.clear()
+
+
+@pytest.mark.slow
+def test_three_processes_resumed_end_with_the_same_bits(tmp_path, run):
+    """With two, any order of the sums gives the same."""
+    flags = [*run, "--batch-size", "60", "--epochs", "3", "--out"]
+    assert together(3, [*flags, tmp_path / "whole"], tmp_path) == [0] * 3
+    processes = joined(3, [*flags, tmp_path / "ended"], tmp_path)
+    while not (tmp_path / "ended/metrics.jsonl").exists():
+        assert processes[0].is_alive()
+        time.sleep(0.005)
+    processes[1].terminate()
+    assert exit_codes(processes) == [143] * 3
+    assert together(3, ["--resume", tmp_path / "ended"], tmp_path) == [0] * 3
+    nets = [checkpoint.load(tmp_path / n / "model.pt")["state_dict"] for n in ("whole", "ended")]
+    assert all(torch.equal(value, nets[1][name]) for name, value in nets[0].items())
 
 
 def test_resumed_by_another_number_of_processes(tmp_path, run):

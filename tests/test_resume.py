@@ -97,7 +97,8 @@ def test_a_resumed_run_keeps_its_data(finished, tmp_path, capsys):
     assert train.main(["--resume", str(finished[0]), "--data", str(path)]) == 2
     error = capsys.readouterr().err
     assert re.search(r"on 120 images \(CRC \w+\), not pets's 120 images \(CRC", error)
-    assert train.main(["--resume", str(finished[0]), "--data-dir", str(tmp_path)]) == 0
+    anew = ["--data-dir", str(tmp_path), "--workers", "0", "--device", "auto"]
+    assert train.main(["--resume", str(finished[0]), *anew]) == 0
     config = json.loads((finished[0] / "config.json").read_text())
     assert config["flags"]["data_dir"] == str(tmp_path)  # where export.py, say, is to look for it
     config["flags"]["train_images"] = 110  # as if a folder had lost some
@@ -130,6 +131,23 @@ def test_a_resumed_run_keeps_its_images_and_labels(tmp_path, no_pictures, capsys
     folders[3].rename(folders[0])
     assert plots.main([str(out)]) == 2
     assert "pets has other images or classes by now" in capsys.readouterr().err
+
+
+def test_before_its_first_checkpoint_too(finished, tmp_path, capsys):
+    config = (finished[0] / "config.json").read_text()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.json").write_text(config)
+    other = write_tar(tmp_path / "pets.tar", files(train=120))
+    assert train.main(["--resume", str(tmp_path / "run"), "--data", str(other)]) == 2
+    assert "that run trains on 120 images" in capsys.readouterr().err
+    assert (tmp_path / "run/config.json").read_text() == config
+
+
+def test_another_process_at_the_same_run(finished, capsys):
+    with train.alone_in(finished[0], torch.device("cpu")):
+        assert train.main(["--resume", str(finished[0])]) == 2
+    assert f"{finished[0]}: another process is at this run" in capsys.readouterr().err
+    assert train.main(["--resume", str(finished[0])]) == 0
 
 
 def test_the_images_of_a_run_may_move(tmp_path, no_pictures, capsys):
@@ -168,8 +186,8 @@ def test_repeats(tmp_path, capsys, no_pictures):
     folder = tmp_path / "runs"
     arguments = [*SMALL, "--epochs", "1", "--repeat", "2", "--seed", "3", "--out", str(folder)]
     assert train.main(arguments) == 0
-    files = {"s3", "s4", "config.json", "summary.json"}
-    assert {path.name for path in folder.iterdir()} == files
+    names = {"s3", "s4", "config.json", "summary.json"}
+    assert {path.name for path in folder.iterdir()} == names
     summary = json.loads((folder / "summary.json").read_text())
     each = [json.loads((folder / s / "summary.json").read_text()) for s in ("s3", "s4")]
     values = [one["final_accuracy"] for one in each]
@@ -183,6 +201,10 @@ def test_repeats(tmp_path, capsys, no_pictures):
     errors = capsys.readouterr().err.splitlines()
     assert sum(f"--resume {folder} goes on with it" in line for line in errors) == 2
     assert not (folder / "s9").exists()
+    before = (folder / "config.json").read_text()
+    other = write_tar(tmp_path / "pets.tar", files(train=120))
+    assert train.main(["--resume", str(folder), "--data", str(other)]) == 2
+    assert (folder / "config.json").read_text() == before
     assert train.main(["--resume", str(folder), "--data-dir", str(tmp_path)]) == 0
     for config in map(checkpoint.load_config, (folder, folder / "s3", folder / "s4")):
         assert (config["flags"]["data_dir"], config["flags"]["resume"]) == (str(tmp_path), None)
