@@ -133,7 +133,7 @@ def test_a_resumed_run_keeps_its_images_and_labels(tmp_path, no_pictures, capsys
     assert "pets has other images or classes by now" in capsys.readouterr().err
 
 
-def test_before_its_first_checkpoint_too(finished, tmp_path, capsys):
+def test_before_its_first_checkpoint_too(finished, tmp_path, capsys, no_pictures):
     config = (finished[0] / "config.json").read_text()
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.json").write_text(config)
@@ -141,6 +141,9 @@ def test_before_its_first_checkpoint_too(finished, tmp_path, capsys):
     assert train.main(["--resume", str(tmp_path / "run"), "--data", str(other)]) == 2
     assert "that run trains on 120 images" in capsys.readouterr().err
     assert (tmp_path / "run/config.json").read_text() == config
+    assert train.main(["--resume", str(tmp_path / "run")]) == 0
+    assert checkpoint.load_config(tmp_path / "run")["flags"] == json.loads(config)["flags"]
+    assert timeless(tmp_path / "run") == timeless(finished[0])
 
 
 def test_another_process_at_the_same_run(finished, capsys):
