@@ -213,6 +213,13 @@ def test_repeats(tmp_path, capsys, no_pictures):
         assert (config["flags"]["data_dir"], config["flags"]["resume"]) == (str(tmp_path), None)
 
 
+def test_repeats_go_on_with_no_run_that_is_another(finished, tmp_path, capsys):
+    shutil.copytree(finished[0], tmp_path / "s1")
+    assert train.main([*SMALL, "--repeat", "2", "--out", str(tmp_path)]) == 2
+    assert f"--out {tmp_path}/s1: a run is there already" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["s1"]
+
+
 def test_seeds_that_were_interrupted(tmp_path, monkeypatch, capsys, no_pictures):
     whole, folder = tmp_path / "whole", tmp_path / "interrupted"
     arguments = [*SMALL, "--net", "net136k", "--repeat", "3", "--out"]
