@@ -80,7 +80,7 @@ def maps(pixels: Tensor) -> Tensor:
 
 
 def precisely(layer: nn.Conv2d, convolution: Convolution, x: Tensor) -> Tensor:
-    """In float32 under autocast as well what is bad in bfloat16. Depthwise convolutions: their
+    """In float32 inside, under autocast too, what is bad in bfloat16. Depthwise convolutions: their
     backward takes up to 40 times as long (3×3, stride 2, 64 channels at 16×16, torch 2.15, AMX:
     54 ms against 1.3), while dense ones take a quarter of it. Dilated ones of stride 1 whose last
     block of 16 channels is not full: on maps 32 wide the gradient of their weight is NaN or merely
@@ -99,4 +99,4 @@ def precisely(layer: nn.Conv2d, convolution: Convolution, x: Tensor) -> Tensor:
         torch.autocast(x.device.type, enabled=False),
         torch.autograd.graph.saved_tensors_hooks(narrow, Tensor.float),
     ):
-        return convolution(wide)
+        return convolution(wide).to(x.dtype)

@@ -89,7 +89,7 @@ def test_large_1x1_convolutions_as_products(inputs, options, capability, monkeyp
     assert bool(dilations.seen) != product
 
 
-def test_depthwise_convolutions_stay_in_float32_on_a_cpu():
+def test_depthwise_convolutions_are_computed_in_float32_on_a_cpu():
     net = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1))
     expected = net[0](images := torch.randn(2, 8, 9, 9).bfloat16().float())
     training = make_training(net, flags.parse_flags([]), CPU, 1)
@@ -98,8 +98,8 @@ def test_depthwise_convolutions_stay_in_float32_on_a_cpu():
         module.register_forward_hook(lambda *call: outputs.append(call[-1]))
     with torch.autocast("cpu", torch.bfloat16):
         training.net(images.bfloat16()).sum().backward()
-    assert [output.dtype for output in outputs] == [torch.float32, torch.bfloat16, torch.bfloat16]
-    torch.testing.assert_close(outputs[0], expected)
+    assert {output.dtype for output in outputs} == {torch.bfloat16}
+    torch.testing.assert_close(outputs[0].float(), expected, rtol=2**-8, atol=1e-6)  # rounded once
     assert net[0].weight.grad.abs().sum() > 0
 
 
@@ -131,7 +131,7 @@ def test_gradients_in_bf16_are_those_in_float32(name):
 def test_what_is_computed_in_float32_keeps_no_float32_for_backward():
     net = nn.Conv2d(8, 8, 3, groups=8)
     images = torch.randn(2, 8, 9, 9).bfloat16().requires_grad_()
-    plain = net(images.float())
+    plain = net(images.float()).bfloat16()
     expected = torch.autograd.grad(plain.square().sum(), [net.weight, images])
     seen, convolve = [], net.forward
     net.forward = lambda x: seen.append(weakref.ref(x)) or convolve(x)
