@@ -80,14 +80,17 @@ def maps(pixels: Tensor) -> Tensor:
 
 
 def precisely(layer: nn.Conv2d, convolution: Convolution, x: Tensor) -> Tensor:
-    """In float32 inside, under autocast too, what is bad in bfloat16. Depthwise convolutions: their
-    backward takes up to 40 times as long (3×3, stride 2, 64 channels at 16×16, torch 2.15, AMX:
-    54 ms against 1.3), while dense ones take a quarter of it. Dilated ones of stride 1 whose last
-    block of 16 channels is not full: on maps 32 wide the gradient of their weight is NaN or merely
-    wrong in that block (torch 2.14 with oneDNN 3.12, AVX512-BF16 without AMX)."""
-    depthwise = layer.groups == layer.in_channels > 1
+    """In float32 inside, under autocast too, what is bad in bfloat16. Depthwise convolutions with a
+    stride or kernels larger than 3×3: part of their backward takes many times as long (on one core
+    of an AMD EPYC with AVX512-BF16 3×3, stride 2, 64 channels at 16×16: 106 ms against 3.3 for the
+    gradient of the input; 5×5, 208 channels at 8×8: 88 against 30 for that of the weight), while
+    others take half of it. Dilated ones of stride 1 whose last block of 16 channels is not full: on
+    maps 32 wide the gradient of their weight is NaN or merely wrong in that block (torch 2.14 with
+    oneDNN 3.12, AVX512-BF16 without AMX)."""
+    strided = layer.stride not in ((1, 1), layer.dilation)
+    slow = layer.groups == layer.in_channels > 1 and (strided or max(layer.kernel_size) > 3)
     dilated = layer.dilation != (1, 1) and layer.stride == (1, 1)
-    if not (depthwise or (dilated and layer.in_channels % 16)):
+    if not (slow or (dilated and layer.in_channels % 16)):
         return convolution(x)
     wide = x.float()
     address = wide.data_ptr()

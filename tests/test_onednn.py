@@ -15,16 +15,19 @@ from optimise import make_training
 CPU = torch.device("cpu")
 
 
-class Dilations(TorchDispatchMode):
-    """Notes those of the convolutions computed, forward and backward."""
+class Convolutions(TorchDispatchMode):
+    """Notes the precision and dilation of those computed, forward and backward."""
 
     def __init__(self):
         super().__init__()
-        self.seen = []
+        self.precisions, self.dilations = set(), set()
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
-        if function is torch.ops.aten.convolution.default:
-            self.seen.append(tuple(arguments[5]))
+        aten = torch.ops.aten
+        if function in (aten.convolution.default, aten.convolution_backward.default):
+            forward = function is aten.convolution.default
+            self.precisions.add(arguments[0].dtype)
+            self.dilations.add(tuple(arguments[5 if forward else 6]))
         return function(*arguments, **options or {})
 
 
@@ -63,11 +66,11 @@ def test_dilated_convolutions_as_plain_ones(options, size, plain):
     x = torch.randn(2, 6, *(size if isinstance(size, tuple) else (size, size)))
     expected = gradients(layer, layer.forward, x)
     onednn.take_over(layer)
-    with Dilations() as dilations:
+    with Convolutions() as convolutions:
         found = gradients(layer, layer, x)
     torch.testing.assert_close(found, expected)
     assert all(each.is_contiguous(memory_format=torch.channels_last) for each in found[:2])
-    assert (set(dilations.seen) == {(1, 1)}) == plain
+    assert (convolutions.dilations == {(1, 1)}) == plain
 
 
 @pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
@@ -81,26 +84,42 @@ def test_large_1x1_convolutions_as_products(inputs, options, capability, monkeyp
     expected = gradients(layer, layer.forward, x)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     onednn.take_over(layer)
-    with Dilations() as dilations:
+    with Convolutions() as convolutions:
         found = gradients(layer, layer, x)
     torch.testing.assert_close(found, expected)
     assert all(each.is_contiguous(memory_format=torch.channels_last) for each in found[:2])
     product = inputs == 208 and capability == "AVX2" and options in ({}, {"bias": False})
-    assert bool(dilations.seen) != product
+    assert bool(convolutions.dilations) != product
 
 
-def test_depthwise_convolutions_are_computed_in_float32_on_a_cpu():
-    net = nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, 1))
-    expected = net[0](images := torch.randn(2, 8, 9, 9).bfloat16().float())
+@pytest.mark.parametrize(
+    ("options", "wide"),
+    [
+        ({"kernel_size": 5, "groups": 8}, True),
+        ({"kernel_size": (1, 5), "groups": 8}, True),
+        ({"kernel_size": 3, "groups": 8, "stride": 2}, True),
+        ({"kernel_size": 3, "groups": 8, "dilation": 2}, True),
+        ({"kernel_size": 3, "dilation": 2}, True),
+        ({"kernel_size": 3, "groups": 8}, False),
+        ({"kernel_size": 3, "groups": 8, "stride": 2, "dilation": 2, "padding": 2}, False),
+        ({"kernel_size": 5, "groups": 4}, False),
+        ({"kernel_size": 3, "stride": 2}, False),
+    ],
+)
+def test_what_is_bad_in_bf16_is_computed_in_float32(options, wide):
+    torch.manual_seed(0)
+    net = nn.Conv2d(8, 8, **options)
+    images = torch.randn(2, 8, 12, 12).bfloat16().requires_grad_()
+    expected = net(images.float())
     training = make_training(net, flags.parse_flags([]), CPU, 1)
-    outputs = []
-    for module in net:
-        module.register_forward_hook(lambda *call: outputs.append(call[-1]))
-    with torch.autocast("cpu", torch.bfloat16):
-        training.net(images.bfloat16()).sum().backward()
-    assert {output.dtype for output in outputs} == {torch.bfloat16}
-    torch.testing.assert_close(outputs[0].float(), expected, rtol=2**-8, atol=1e-6)  # rounded once
-    assert net[0].weight.grad.abs().sum() > 0
+    with Convolutions() as convolutions, torch.autocast("cpu", torch.bfloat16):
+        output = training.net(images)
+        output.sum().backward()
+    assert convolutions.precisions == {torch.float32 if wide else torch.bfloat16}
+    assert output.dtype == images.grad.dtype == torch.bfloat16
+    if wide:  # rounded once
+        torch.testing.assert_close(output.float(), expected, rtol=2**-8, atol=1e-6)
+    assert net.weight.grad.abs().sum() > 0
 
 
 @pytest.mark.parametrize("name", NETS)
@@ -129,7 +148,7 @@ def test_gradients_in_bf16_are_those_in_float32(name):
 
 
 def test_what_is_computed_in_float32_keeps_no_float32_for_backward():
-    net = nn.Conv2d(8, 8, 3, groups=8)
+    net = nn.Conv2d(8, 8, 5, groups=8)
     images = torch.randn(2, 8, 9, 9).bfloat16().requires_grad_()
     plain = net(images.float()).bfloat16()
     expected = torch.autograd.grad(plain.square().sum(), [net.weight, images])
