@@ -128,7 +128,7 @@ def prepared(args: Namespace, batch: int) -> tuple[data.Dataset, list[graph.Laye
     """Data for batches of so many, the net's layers, and the precision it is trained in."""
     dataset = load(args.data, choose_device(args.device), batch)
     layers = graph.trace(model.build(args.net, len(dataset.classes))).layers
-    return dataset, layers, choose_precision("auto", dataset.train_images.device, layers)
+    return dataset, layers, choose_precision("auto", dataset.train_images.device)
 
 
 def load(source: str, device: torch.device, batch: int) -> data.Dataset:

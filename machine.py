@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import graph
 from common import UserError, first_line
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
@@ -57,19 +56,17 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, -1)
 
 
-def choose_precision(name: str, device: torch.device, layers: list[graph.Layer]) -> str:
-    """bf16 on a GPU that has it, else fp16. On a CPU that is fast in it, where it speeds up dense
-    convolutions and slows down depthwise ones: bf16 if at least half of the multiply-adds are
-    dense, else fp32. Elsewhere fp32: steps in bf16 took an Intel Xeon with AVX512-BF16 but without
-    AMX 1.2 to 1.4 times as long, all six nets, and a CPU without either eight times (AVX2)."""
+def choose_precision(name: str, device: torch.device) -> str:
+    """bf16 on a GPU that has it, else fp16; bf16 on a CPU that is fast in it, where onednn.py keeps
+    from it the layers that are not. Elsewhere fp32: steps in bf16 took an Intel Xeon with
+    AVX512-BF16 but without AMX 1.2 to 1.4 times as long, all six nets, and a CPU without either
+    eight times (AVX2)."""
     if name != "auto":
         return name
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    if device.type != "cpu" or not _is_fast_in_bf16(torch.cpu.get_capabilities()):
-        return "fp32"
-    dense = sum(layer.multiply_adds for layer in layers if layer.groups == 1)
-    return "bf16" if 2 * dense >= sum(layer.multiply_adds for layer in layers) else "fp32"
+    fast = device.type == "cpu" and _is_fast_in_bf16(torch.cpu.get_capabilities())
+    return "bf16" if fast else "fp32"
 
 
 def triton_kernels(x: Tensor) -> ModuleType | None:

@@ -58,11 +58,10 @@ def run(args: Namespace, command: str, dataset: data.Dataset, start: float) -> d
     device = dataset.train_images.device
     torch.manual_seed(args.seed)
     net = model.build(args.net, len(dataset.classes), args.dropout)
-    trace = graph.trace(net)
-    args.precision = choose_precision(args.precision, device, trace.layers)
+    args.precision = choose_precision(args.precision, device)
+    facts = facts_of(net, dataset, args, command)
     steps = len(dataset.train_images) // args.batch_size
     training = make_training(net, args, device, steps)
-    facts = facts_of(net, trace, dataset, args, command)
     folder = Path(args.resume or run_folder(args, dataset.name))
     with alone_in(folder, device), ending_in_one_line(args, folder, device):
         if args.resume and (folder / "last.pt").exists():
@@ -100,9 +99,10 @@ def run(args: Namespace, command: str, dataset: data.Dataset, start: float) -> d
 
 
 def facts_of(
-    net: nn.Module, trace: graph.Trace, dataset: data.Dataset, args: Namespace, command: str
+    net: nn.Module, dataset: data.Dataset, args: Namespace, command: str
 ) -> dict[str, Any]:
     """What is known of a run before its first step, for its config and summary."""
+    trace = graph.trace(net)
     return {
         "data": dataset.name,
         "images": dataset.checksum,
