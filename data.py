@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 import image_files
+import synthetic
 from common import UserError
 from image_files import Splits
 
@@ -95,22 +96,19 @@ def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def _read(source: str, data_dir: Path) -> tuple[str, list[str], Splits]:
-    if source == "synthetic":
-        return _synthetic()
-    if source == "cifar10":
+    if source in ("auto", "cifar10"):
         try:
             return _cifar10(data_dir)
         except NETWORK_ERRORS as error:
-            raise UserError(
-                f"--data cifar10: no copy in {data_dir}, and the download failed ({error}); "
-                "try --data synthetic, or a folder or archive of images"
-            ) from error
-    if source == "auto":
-        try:
-            return _cifar10(data_dir)
-        except NETWORK_ERRORS as error:
+            if source == "cifar10":
+                raise UserError(
+                    f"--data cifar10: no copy in {data_dir}, and the download failed ({error}); "
+                    "try --data synthetic, or a folder or archive of images"
+                ) from error
             print(f"warning: CIFAR-10 could not be downloaded: {error}", file=sys.stderr)
-            return _synthetic()
+    if source in ("auto", "synthetic"):
+        splits = {"train": synthetic.shapes(5000, seed=0), "test": synthetic.shapes(1000, seed=1)}
+        return "synthetic", list(synthetic.SHAPES), splits
     path = Path(source)
     if not path.exists():
         raise UserError(
@@ -139,13 +137,6 @@ def _channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     mean = share @ levels
     variance = (share * (levels - mean.view(-1, 1)) ** 2).sum(1)
     return mean.float(), variance.sqrt().float()
-
-
-def _synthetic() -> tuple[str, list[str], Splits]:
-    from synthetic import SHAPES, shapes
-
-    splits = {"train": shapes(5000, seed=0), "test": shapes(1000, seed=1)}
-    return "synthetic", list(SHAPES), splits
 
 
 # CIFAR-10, through torchvision

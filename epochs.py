@@ -68,7 +68,8 @@ def batches_at_once(batch_size: int, device: torch.device) -> int:
 def train_epoch(
     training: Training, take_step: step.Step, dataset: data.Dataset, args: Namespace, bar: tqdm
 ) -> dict[str, float]:
-    """One epoch of optimiser steps; its learning rate, loss, accuracy, seconds and images/s."""
+    """One epoch of optimiser steps; its learning rate, loss, accuracy, seconds, images/s and steps
+    that the loss scaler skipped."""
     training.net.train()
     start = time.perf_counter()
     rates, figures = [], []

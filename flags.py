@@ -77,12 +77,7 @@ def make_parser() -> Parser:
     flag("--rotate", type=number(float, 0, 180), default=policy.rotate, help="limit, degrees")
     flag("--affine-p", type=share, default=policy.affine_p, help="share moved so")
     flag("--border", choices=BORDERS, default=policy.border, help="what lies outside an image")
-    flag(
-        "--cutout",
-        type=number(int, 0, SIZE),
-        default=policy.cutout,
-        help="largest side, pixels",
-    )
+    flag("--cutout", type=number(int, 0, SIZE), default=policy.cutout, help="largest side, pixels")
     flag("--cutout-min", type=number(int, 1), help="smallest side; None: the largest")
     flag("--cutout-p", type=share, default=policy.cutout_p, help="share with a hole")
     level = number(float, 0, 255)
@@ -158,11 +153,8 @@ def describe_recipe(args: Namespace) -> str:
     rest = [name for name in OF_A_RECIPE.split() if name not in published]
 
     def spelled(names: list[str]) -> str:
-        pairs = ((name, values[name]) for name in names)
-        return ", ".join(
-            f"{name.replace('_', ' ')} {'mean' if value is None else value}"
-            for name, value in pairs
-        )
+        said = {name: "mean" if values[name] is None else values[name] for name in names}
+        return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in said.items())
 
     sentences = (
         f"published: {spelled(kept) or 'nothing'}",

@@ -50,7 +50,7 @@ def make_deterministic(wanted: bool) -> None:
 def keep_freed_memory() -> None:
     """Have glibc keep what tensors free for the next ones. Left alone it returns large blocks to
     the kernel, which maps and clears their pages anew in every step."""
-    libc = ctypes.CDLL(None)
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)

@@ -24,7 +24,7 @@ def convolve(layer: nn.Conv2d, own: Convolution, x: Tensor) -> Tensor:
         return as_product(layer, x)
     if has_grids(layer, x):
         return on_grids(layer, x)
-    return precisely(layer, own, x)
+    return precisely(layer, own, x, layer.stride, layer.dilation)
 
 
 def is_product(layer: nn.Conv2d) -> bool:
@@ -79,7 +79,13 @@ def maps(pixels: Tensor) -> Tensor:
     return pixels.permute(0, 3, 1, 2)
 
 
-def precisely(layer: nn.Conv2d, convolution: Convolution, x: Tensor) -> Tensor:
+def precisely(
+    layer: nn.Conv2d,
+    convolution: Convolution,
+    x: Tensor,
+    stride: tuple[int, int] = (1, 1),
+    dilation: tuple[int, int] = (1, 1),
+) -> Tensor:
     """In float32 inside, under autocast too, what is bad in bfloat16. Depthwise convolutions with a
     stride or kernels larger than 3×3: part of their backward takes many times as long (on one core
     of an AMD EPYC with AVX512-BF16 3×3, stride 2, 64 channels at 16×16: 106 ms against 3.3 for the
@@ -87,10 +93,10 @@ def precisely(layer: nn.Conv2d, convolution: Convolution, x: Tensor) -> Tensor:
     others take half of it. Dilated ones of stride 1 whose last block of 16 channels is not full: on
     maps 32 wide the gradient of their weight is NaN or merely wrong in that block (torch 2.14 with
     oneDNN 3.12, AVX512-BF16 without AMX)."""
-    strided = layer.stride not in ((1, 1), layer.dilation)
-    slow = layer.groups == layer.in_channels > 1 and (strided or max(layer.kernel_size) > 3)
-    dilated = layer.dilation != (1, 1) and layer.stride == (1, 1)
-    if not (slow or (dilated and layer.in_channels % 16)):
+    depthwise = layer.groups == layer.in_channels > 1
+    slow = depthwise and (stride != (1, 1) or max(layer.kernel_size) > 3)
+    wrong = dilation != (1, 1) and stride == (1, 1) and layer.in_channels % 16
+    if not (slow or wrong):
         return convolution(x)
     wide = x.float()
     address = wide.data_ptr()

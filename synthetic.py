@@ -5,18 +5,8 @@ from torch import Tensor
 
 from common import SIZE
 
-SHAPES = (
-    "disk",
-    "ring",
-    "square",
-    "frame",
-    "triangle",
-    "cross",
-    "rows",
-    "columns",
-    "checks",
-    "dots",
-)
+SHAPES = ("disk", "ring", "square", "frame", "triangle")
+SHAPES += ("cross", "rows", "columns", "checks", "dots")
 
 
 def shapes(count: int, seed: int) -> tuple[Tensor, Tensor]:

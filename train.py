@@ -6,7 +6,6 @@ Nothing but the net's own arithmetic should cost time: the data set lies on the 
 indexed and augmented there, and the host reads figures once an epoch.
 """
 
-import fcntl
 import os
 import shlex
 import sys
@@ -19,6 +18,11 @@ from typing import Any
 
 import torch
 from torch import nn
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # on Windows
+    fcntl = None
 
 import checkpoint
 import data
@@ -123,12 +127,15 @@ def facts_of(
 @contextmanager
 def alone_in(folder: Path, device: torch.device) -> Iterator[None]:
     """Hold a run's folder, made where it is missing, against other processes that would write
-    there. Raises UserError where one does. Some network file systems know no such locks."""
+    there. Raises UserError where one does. Windows and some network file systems know no such
+    locks."""
     with ExitStack() as held:
 
         def hold() -> None:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
+                if fcntl is None:
+                    return
                 handle = os.open(folder, os.O_RDONLY)
             except OSError as error:
                 raise UserError(f"--out {folder} cannot be written: {error}") from error

@@ -18,7 +18,7 @@ def arguments(tmp_path, monkeypatch, no_pictures):
     colours = {"cat": (200, 40, 90), "dog": (30, 90, 160)}
     members = {
         f"{split}/{name}/{i}.png": png(tuple(c + i % 50 for c in colour))
-        for split, count in (("train", 260), ("test", 5))
+        for split, count in (("train", 130), ("test", 5))
         for name, colour in colours.items()
         for i in range(count)
     }
@@ -38,6 +38,7 @@ def briefly(monkeypatch):
     def a_millisecond(every, device, _):
         return dict.fromkeys(phases(every, device, rounds=1), 0.001)
 
+    monkeypatch.setattr(bench.ways, "BATCH", 64)
     monkeypatch.setattr(bench.measure, "rates", two_a_second)
     monkeypatch.setattr(bench.measure, "phase_seconds", a_millisecond)
     monkeypatch.setattr(bench.measure, "kernels", lambda *jobs, **_: kernels(*jobs, rounds=1))
@@ -70,20 +71,20 @@ def test_an_epoch_and_its_phases(arguments, briefly, tmp_path, capsys):
     assert next(iter(ways)) == "ours"
     others = {"ours, sharpness-aware", "albumentations, 2 workers", "plain loop, fp32"}
     assert others | {f"plain loop, {match[1]}"} < set(ways)
-    assert set(ways.values()) == {50_000 / 256 / 2}
+    assert set(ways.values()) == {50_000 / 64 / 2}
 
 
 def test_every_layer_beside_its_floor(arguments, briefly, tmp_path, capsys):
     assert bench.main(["layers", *arguments[1:3], "--net", "net136k", "--device", "cpu"]) == 0
     _, title, heading, *rows, _ = capsys.readouterr().out.splitlines()
-    assert title.startswith("ms of each layer, batches of 256, net136k on pets")
+    assert title.startswith("ms of each layer, batches of 64, net136k on pets")
     layers = trace(build("net136k", 2)).layers
     assert [row.split()[:2] for row in rows] == [[layer.name, layer.kind] for layer in layers]
     assert max(map(len, [heading, *rows])) <= 80
     content = result(tmp_path, "layers-net136k")
     assert content["data"] == "pets"
     for row, layer in zip(content["layers"], layers, strict=True):
-        assert row["forward_seconds"] == row["backward_seconds"] == 256 * 0.001
+        assert row["forward_seconds"] == row["backward_seconds"] == 64 * 0.001
         assert (row["floor_seconds"] > 0) is (layer.multiply_adds > 0)
 
 
@@ -103,7 +104,7 @@ def test_augmentations(arguments, briefly, tmp_path, capsys):
     assert bench.main(["augment", *arguments[1:3], "--device", "cpu"]) == 0
     content = result(tmp_path, "augment")
     assert len(content["images_per_second"]) == len(capsys.readouterr().out.splitlines()) - 3
-    assert set(content["images_per_second"].values()) == {2 * 256}
+    assert set(content["images_per_second"].values()) == {2 * 64}
 
 
 @pytest.mark.slow

@@ -154,7 +154,7 @@ def test_torchvisions_nets():
     branch = nn.Sequential(conv(3, 3, 3), ops.StochasticDepth(0.5, "row"), conv(3, 3, 3))
     assert receptive_field(branch) == 5
     assert receptive_field(models.resnet18(), (3, 224, 224)) == 435
-    assert receptive_field(models.vgg16().features, (3, 224, 224)) == 212
+    assert receptive_field(models.vgg.make_layers(models.vgg.cfgs["D"]), (3, 224, 224)) == 212
     assert_true(models.mobilenet_v2(num_classes=2).features[:7], size=192)
     assert_true(models.squeezenet1_1(num_classes=2).features[:6], size=128)
 

@@ -34,6 +34,22 @@ def test_a_layer_of_its_own_is_what_it_computes():
     assert receptive_field(Blurred()) == 3
 
 
+def test_what_changes_unseen_by_the_graph():
+    def added(m, x):
+        y = x = m.a(x)
+        x += m.b(x)
+        return m.c(y)
+
+    with pytest.raises(UserError, match=r"computes something else, as where `x \+="):
+        receptive_field(Wrap(added, *(conv(3, 3, k) for k in (3, 5, 7))))
+
+
+def test_what_draws_at_random():
+    net, state = Wrap(lambda m, x: F.dropout(m.a(x)), conv(3, 4, 5)), torch.get_rng_state()
+    assert receptive_field(net) == 5
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_a_pooling_may_take_two_steps():
     for pool in (lambda x: x.flatten(2).mean(2), lambda x: x.mean(3).mean(2)):
         assert receptive_field(Wrap(lambda m, x, pool=pool: pool(m.a(x)), conv(3, 4, 5))) == 5

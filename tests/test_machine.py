@@ -35,6 +35,12 @@ def test_a_cpu_is_named_by_what_its_speed_depends_on(monkeypatch):
     assert "AMX" not in machine.device_name(torch.device("cpu"))
 
 
+def test_there_need_not_be_a_glibc(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "win32")
+    monkeypatch.setattr(machine.ctypes, "CDLL", lambda _: pytest.fail("loaded"))
+    machine.keep_freed_memory()
+
+
 def test_freed_memory_is_kept():
     code = """if True:
         import resource, torch, machine

@@ -153,12 +153,10 @@ def test_what_is_printed_when_piped(finished):
     assert "target 1.00%" in printed
 
 
-def test_same_seed_same_run_and_another_seed_another(finished, tmp_path, no_pictures):
-    for seed in ("0", "1"):
-        out = ["--out", str(tmp_path / seed), "--seed", seed]
-        assert train.main([*SMALL, *out]) == 0
-    assert timeless(tmp_path / "0") == timeless(finished[0])
-    assert timeless(tmp_path / "1") != timeless(tmp_path / "0")
+def test_another_seed_another_run(finished, tmp_path, no_pictures):
+    """The same seed's is the same run, as tests of --resume show."""
+    assert train.main([*SMALL, "--seed", "1", "--out", str(tmp_path / "run")]) == 0
+    assert timeless(tmp_path / "run") != timeless(finished[0])
 
 
 def test_every_epoch_has_an_order_of_its_own(tmp_path, no_pictures, monkeypatch):
@@ -170,7 +168,7 @@ def test_every_epoch_has_an_order_of_its_own(tmp_path, no_pictures, monkeypatch)
         return batches
 
     monkeypatch.setattr(data, "epoch_batches", noting)
-    assert train.main([*SMALL, "--out", str(tmp_path / "run")]) == 0
+    assert train.main([*SMALL, "--net", "net136k", "--out", str(tmp_path / "run")]) == 0
     first, second = orders[:2]
     assert sorted(first) == sorted(second) == list(range(120))
     assert first != second
@@ -179,12 +177,13 @@ def test_every_epoch_has_an_order_of_its_own(tmp_path, no_pictures, monkeypatch)
 @pytest.mark.parametrize("closed", ["stdout", "stderr"])
 def test_without_an_output(closed, tmp_path, monkeypatch, no_pictures):
     monkeypatch.setattr(sys, closed, None)  # as `>&-` and `2>&-` do
-    assert train.main([*SMALL, "--epochs", "1", "--out", str(tmp_path / "run")]) == 0
+    out = ["--net", "net136k", "--epochs", "1", "--out", str(tmp_path / "run")]
+    assert train.main([*SMALL, *out]) == 0
     assert len(lines(tmp_path / "run")) == 1
 
 
 def test_a_class_that_no_test_image_has(tmp_path, no_pictures):
-    out = ["--holdout", "4", "--epochs", "1", "--out", str(tmp_path / "run")]
+    out = ["--holdout", "4", "--net", "net136k", "--epochs", "1", "--out", str(tmp_path / "run")]
     assert train.main([*SMALL, *out]) == 0
     summary = json.loads((tmp_path / "run/summary.json").read_text())
     assert len(summary["class_accuracy"]) < 10
@@ -192,10 +191,11 @@ def test_a_class_that_no_test_image_has(tmp_path, no_pictures):
 
 
 @pytest.mark.parametrize("augment", ["albumentations", "none"])
-def test_other_augmentations(tmp_path, augment):
-    extra = ["--epochs", "1", "--augment", augment, "--out", str(tmp_path / "run")]
+def test_other_augmentations(augment, tmp_path, no_pictures):
+    extra = ["--net", "net136k", "--augment", augment, "--out", str(tmp_path / "run")]
     assert train.main([*SMALL, *extra]) == 0
-    assert {file.name for file in (tmp_path / "run").iterdir()} == FILES
+    first, second = lines(tmp_path / "run")
+    assert second["train_loss"] < first["train_loss"]
 
 
 def test_without_a_network_it_says_so_twice(tmp_path, monkeypatch, capsys, no_pictures):
@@ -235,9 +235,7 @@ def test_schedules(schedule):
         assert [rates[i] for i in (59, 60, 120)] == pytest.approx([0.5, 0.25, 0.125])
 
 
-@pytest.mark.parametrize(
-    ("flag", "radii"), [([], [0.0, 0.1]), (["--sam", "0.3"], [0.0, 0.3]), (["--sam", "0"], [0.0])]
-)
+@pytest.mark.parametrize(("flag", "radii"), [([], [0.0, 0.1]), (["--sam", "0"], [0.0])])
 def test_the_last_quarter_is_sharpness_aware(flag, radii, tmp_path, no_pictures, monkeypatch):
     prepared, make_step = [], step.make_step
 

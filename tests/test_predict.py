@@ -1,6 +1,7 @@
 import io
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -127,7 +128,8 @@ def test_folders_and_standard_input(run, tmp_path, capsys, monkeypatch):
     ]
 
 
-def test_a_name_that_is_not_utf8(run, tmp_path):
+def test_as_a_command(run, tmp_path):
+    """The net itself, in a process of its own; a name that is not UTF-8."""
     name = os.fsencode(tmp_path) + b"/\xff.png"
     Path(os.fsdecode(save(tmp_path / "a.png", (250, 9, 9)))).rename(os.fsdecode(name))
     command = [sys.executable, "predict.py", str(run), name, "--device", "cpu"]
@@ -135,6 +137,12 @@ def test_a_name_that_is_not_utf8(run, tmp_path):
     result = subprocess.run(command, capture_output=True, cwd=root, env=os.environ | strict)
     assert (result.returncode, result.stderr) == (0, b"")
     assert b"\\udcff.png" in result.stdout
+    net, _ = checkpoint.load_net(run / "model.pt")
+    inputs = (torch.tensor([250.0, 9, 9]).view(1, 3, 1, 1).expand(1, 3, 32, 32) - 127.5) / 64
+    with torch.no_grad():
+        expected = net(inputs).softmax(1).max().item()
+    percent = float(re.search(rb" ([\d.]+)%", result.stdout)[1])
+    assert percent == pytest.approx(100 * expected, abs=0.06)
 
 
 def test_a_folder_without_images_is_skipped(run, tmp_path, capsys):
@@ -190,17 +198,3 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
         assert predict.main(arguments) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ")
-
-
-def test_as_a_command(run, tmp_path):
-    """The net itself, in a process of its own."""
-    name = save(tmp_path / "a.png", (250, 9, 9))
-    command = [sys.executable, "predict.py", str(run), name, "--json"]
-    folder = Path(predict.__file__).parent
-    result = subprocess.run(command, capture_output=True, text=True, cwd=folder, check=True)
-    (one,) = json.loads(result.stdout)
-    net, _ = checkpoint.load_net(run / "model.pt")
-    inputs = (torch.tensor([250.0, 9, 9]).view(1, 3, 1, 1).expand(1, 3, 32, 32) - 127.5) / 64
-    with torch.no_grad():
-        expected = net(inputs).softmax(1).max().item()
-    assert one["predictions"][0]["probability"] == pytest.approx(expected, abs=1e-4)

@@ -101,11 +101,6 @@ def test_a_resumed_run_keeps_its_data(finished, tmp_path, capsys):
     assert train.main(["--resume", str(finished[0]), *anew]) == 0
     config = json.loads((finished[0] / "config.json").read_text())
     assert config["flags"]["data_dir"] == str(tmp_path)  # where export.py, say, is to look for it
-    config["flags"]["train_images"] = 110  # as if a folder had lost some
-    other = shutil.copytree(finished[0], tmp_path / "run")
-    (other / "config.json").write_text(json.dumps(config))
-    assert train.main(["--resume", str(other)]) == 2
-    assert re.search(r"120 images \(.*\), not synthetic's 110 images", capsys.readouterr().err)
 
 
 def test_a_resumed_run_keeps_its_images_and_labels(tmp_path, no_pictures, capsys):
@@ -146,10 +141,13 @@ def test_before_its_first_checkpoint_too(finished, tmp_path, capsys, no_pictures
     assert timeless(tmp_path / "run") == timeless(finished[0])
 
 
-def test_another_process_at_the_same_run(finished, capsys):
+def test_another_process_at_the_same_run(finished, capsys, monkeypatch):
     with train.alone_in(finished[0], torch.device("cpu")):
         assert train.main(["--resume", str(finished[0])]) == 2
-    assert f"{finished[0]}: another process is at this run" in capsys.readouterr().err
+        assert f"{finished[0]}: another process is at this run" in capsys.readouterr().err
+        monkeypatch.setattr(train, "fcntl", None)  # as on Windows, which has no such locks
+        assert train.main(["--resume", str(finished[0])]) == 0
+    monkeypatch.undo()
     assert train.main(["--resume", str(finished[0])]) == 0
 
 

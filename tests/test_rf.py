@@ -12,7 +12,7 @@ from model import build
 
 CONFIG = {
     "data": "synthetic",
-    "flags": {"data": "synthetic", "data_dir": "data", "train_images": 100, "holdout": 60},
+    "flags": {"data": "synthetic", "data_dir": "data", "train_images": 100, "holdout": 10},
 }
 
 
@@ -65,7 +65,7 @@ def run(tmp_path):
 def test_effective_field_of_a_run(run, capsys):
     assert rf.main(["--effective", str(run)]) == 0
     printed = capsys.readouterr().out
-    assert "net136k on 60 test images of synthetic" in printed
+    assert "net136k on 10 test images of synthetic" in printed
     assert "theoretical receptive field  73 pixels" in printed
     assert "gradient mass inside 32×32" in printed
     assert (run / "effective_rf.png").read_bytes().startswith(b"\x89PNG")
