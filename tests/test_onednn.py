@@ -103,6 +103,7 @@ def test_large_1x1_convolutions_as_products(inputs, options, capability, monkeyp
         ({"kernel_size": 3, "dilation": 2, "padding": 1}, True),
         ({"kernel_size": 3, "groups": 8, "dilation": 2}, False),
         ({"kernel_size": 3, "dilation": 2}, False),
+        ({"kernel_size": 3, "dilation": 2, "padding": 1, "in_channels": 16}, False),
         ({"kernel_size": 3, "groups": 8}, False),
         ({"kernel_size": 3, "groups": 8, "stride": 2, "dilation": 2, "padding": 2}, False),
         ({"kernel_size": 5, "groups": 4}, False),
@@ -111,8 +112,8 @@ def test_large_1x1_convolutions_as_products(inputs, options, capability, monkeyp
 )
 def test_what_is_bad_in_bf16_is_computed_in_float32(options, wide):
     torch.manual_seed(0)
-    net = nn.Conv2d(8, 8, **options)
-    images = torch.randn(2, 8, 12, 12).bfloat16().requires_grad_()
+    net = nn.Conv2d(**{"in_channels": 8, "out_channels": 8} | options)
+    images = torch.randn(2, net.in_channels, 12, 12).bfloat16().requires_grad_()
     expected = net(images.float())
     training = make_training(net, flags.parse_flags([]), CPU, 1)
     with Convolutions() as convolutions, torch.autocast("cpu", torch.bfloat16):
