@@ -1,4 +1,5 @@
-"""Checkpoints and nets: saved whole or not at all, loaded without running any code in them."""
+"""Checkpoints and nets, saved whole or not at all; what a run left, loaded without running any code
+in it."""
 
 import json
 import shlex

@@ -1,4 +1,4 @@
-"""What a run runs on: device, precision, versions."""
+"""What a run runs on: device, memory, precision, kernels, versions."""
 
 import ctypes
 import importlib.metadata
