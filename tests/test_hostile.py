@@ -216,9 +216,12 @@ def test_checkpoints(tmp_path, capsys, no_pictures):
     for blob in (b"PK", foreign.getvalue(), pickled.getvalue(), WHOLE, half):
         (folder / "last.pt").write_bytes(blob)
         assert ends_in_one_line(["--resume", folder], capsys)
-    damaged = [whole[: chance.randrange(len(whole))] for _ in range(20)]
-    for blob in [*damaged, *(flipped(whole, chance) for _ in range(60))]:
-        (folder / "last.pt").write_bytes(blob)
+    for _ in range(20):
+        (folder / "last.pt").write_bytes(whole[: chance.randrange(len(whole))])
+        with pytest.raises(UserError):
+            checkpoint.load(folder / "last.pt")
+    for _ in range(60):
+        (folder / "last.pt").write_bytes(flipped(whole, chance))
         try:
             content = checkpoint.load(folder / "last.pt")
         except UserError:

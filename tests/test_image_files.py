@@ -172,6 +172,18 @@ def test_more_images_than_fit(tmp_path, monkeypatch):
     assert len(load(write_tar(tmp_path / "few.tar", files(train=3))).train_images) == 6
 
 
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz", ".tar.xz"])
+def test_no_truncated_archive_loads(tmp_path, suffix):
+    path = tmp_path / f"pets{suffix}"
+    write_tar(path, files(), {".tar": "w", ".tar.gz": "w:gz", ".tar.xz": "w:xz"}[suffix])
+    whole = path.read_bytes()
+    end = len(whole) if suffix != ".tar" else 24 * 512  # behind it a tar is padded with zeros
+    for size in np.linspace(0, end - 1, 25).astype(int):
+        path.write_bytes(whole[:size])
+        with pytest.raises(UserError, match="pets"):
+            load(path)
+
+
 def test_no_damaged_header_hides_images(tmp_path):
     path = write_tar(tmp_path / "pets.tar", files())
     damaged = bytearray(path.read_bytes())

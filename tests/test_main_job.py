@@ -235,7 +235,9 @@ def test_schedules(schedule):
         assert [rates[i] for i in (59, 60, 120)] == pytest.approx([0.5, 0.25, 0.125])
 
 
-@pytest.mark.parametrize(("flag", "radii"), [([], [0.0, 0.1]), (["--sam", "0"], [0.0])])
+@pytest.mark.parametrize(
+    ("flag", "radii"), [([], [0.0, 0.1]), (["--sam", "0.3"], [0.0, 0.3]), (["--sam", "0"], [0.0])]
+)
 def test_the_last_quarter_is_sharpness_aware(flag, radii, tmp_path, no_pictures, monkeypatch):
     prepared, make_step = [], step.make_step
 
