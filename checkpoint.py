@@ -56,6 +56,8 @@ def load_net(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     try:
         net = build(content["net"], content["num_classes"])
         net.load_state_dict(content["state_dict"])
+        if missing := {"classes", "mean", "std"} - content.keys():
+            raise KeyError(", ".join(sorted(missing)))
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(
             f"{path} holds no net that fits this atrous: {first_line(error)}"
@@ -72,7 +74,7 @@ def load_config(run: Path) -> dict[str, Any]:
         return config | {"flags": dict(config["flags"])}
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"no run in {run}: {path} is missing") from error
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path} is damaged: {error}") from error
 
 

@@ -70,11 +70,12 @@ def exit_status(job: Callable[[], None]) -> int:
     return 0
 
 
+OUT_OF_MEMORY = ("out of memory", "not enough memory", "allocate memory", "ALLOC_FAILED")
+
+
 def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
     """Whether PyTorch or NumPy found too little memory, on a GPU or the host."""
-    return isinstance(error, MemoryError) or any(
-        words in str(error) for words in ("out of memory", "not enough memory", "allocate memory")
-    )
+    return isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def first_line(error: Exception) -> str:

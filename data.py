@@ -110,7 +110,7 @@ def _read(source: str, data_dir: Path) -> tuple[str, list[str], Splits]:
         splits = {"train": synthetic.shapes(5000, seed=0), "test": synthetic.shapes(1000, seed=1)}
         return "synthetic", list(synthetic.SHAPES), splits
     path = Path(source)
-    if not path.exists():
+    if not (path.is_dir() or path.is_file()):  # a pipe, say, may have no end
         raise UserError(
             f"--data {source}: neither auto, cifar10 or synthetic nor a folder or archive"
         )

@@ -20,7 +20,7 @@ import ranks
 import report
 import step
 from common import Terminated, UserError, going_on, noting_sigterm
-from flags import policy_of
+from flags import identity, policy_of
 from optimise import Training
 
 CALMER = "try a lower --lr or --precision fp32"
@@ -139,14 +139,14 @@ def run_epochs(training: Training, dataset: data.Dataset, args: Namespace, folde
                 take_step = step.make_step(training, dataset, args, radius)
                 training.elapsed += time.perf_counter() - begun
             run_epoch(training, take_step, dataset, args, bar)
-            ranks.by_main(partial(keep, training, folder), device)
+            ranks.by_main(partial(keep, training, args, folder), device)
             if ranks.any_says(asked_to_end.is_set(), device):
                 raise Terminated(going_on(folder))
 
 
-def keep(training: Training, folder: Path) -> None:
+def keep(training: Training, args: Namespace, folder: Path) -> None:
     """The checkpoint behind an epoch, its metrics and its line."""
-    checkpoint.save(folder / "last.pt", training.state())
+    checkpoint.save(folder / "last.pt", training.state() | {"run": identity(args)})
     report.write_history(folder, training.history)
     with tqdm.external_write_mode():
         print(report.format_line(training.history[-1]), flush=True)

@@ -70,7 +70,7 @@ def make_parser() -> Parser:
     policy = Policy()
     ways = ("device", "albumentations", "none")
     flag("--augment", choices=ways, default="device", help="albumentations: by a DataLoader")
-    flag("--workers", type=number(int, 0), default=2, help="of --augment albumentations")
+    flag("--workers", type=number(int, 0, 256), default=2, help="of --augment albumentations")
     flag("--flip-p", type=share, default=policy.flip_p, help="share of the images flipped")
     flag("--shift", type=share, default=policy.shift, help="limit, fraction of the width")
     flag("--scale", type=number(float, 0, 0.9), default=policy.scale, help="limit, x and y apart")
@@ -100,7 +100,9 @@ def make_parser() -> Parser:
     flag("--eager", action="store_true", help="no CUDA graph: each operation launched by itself")
     flag("--compile", action="store_true", help="the net through torch.compile; slow to start")
     flag("--seed", type=number(int, 0, 2**31), default=0, help="of weights, order and draws")
-    flag("--repeat", type=count, default=1, help="so many seeds, in DIR/s0, DIR/s1, …")
+    flag(
+        "--repeat", type=number(int, 1, 1000), default=1, help="so many seeds, in DIR/s0, DIR/s1, …"
+    )
     flag("--out", metavar="DIR", help="the run folder (default: runs/<net>-<data>-s<seed>)")
     flag("--resume", metavar="DIR", help="go on with the run in DIR, with its own flags")
     return parser
@@ -124,6 +126,13 @@ def parse_flags(argv: list[str]) -> Namespace:
             raise UserError(f"--cutout-min {args.cutout_min}: larger than --cutout {args.cutout}")
         return args
     flags = checkpoint.load_config(Path(args.resume))["flags"]
+    try:
+        own = vars(parser.parse_args(spelled(flags)))
+        changed = [name for name, value in flags.items() if own[name] != value]
+        if changed:
+            raise UserError(f"{changed[0]} cannot be {flags[changed[0]]}")
+    except UserError as error:
+        raise UserError(f"{args.resume}/config.json is damaged: {error}") from error
     parser.set_defaults(**flags)
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
@@ -133,6 +142,25 @@ def parse_flags(argv: list[str]) -> Namespace:
         if name not in MAY_CHANGE and value != flags[name]:
             raise UserError(f"{option} {value}: the run in {args.resume} has {flags[name]}")
     return args
+
+
+def spelled(flags: dict[str, Any]) -> list[str]:
+    """As one types them."""
+    argv: list[str] = []
+    for name, value in flags.items():
+        option = "--" + name.replace("_", "-")
+        if isinstance(value, list):
+            argv += [option, *map(str, value)]
+        elif value is True:
+            argv.append(option)
+        elif value is not None and value is not False:
+            argv.append(f"{option}={value}")
+    return argv
+
+
+def identity(args: Namespace) -> dict[str, Any]:
+    """The flags that a run keeps when it is resumed, wherever it lies by then."""
+    return {name: value for name, value in vars(args).items() if name not in MAY_CHANGE | {"out"}}
 
 
 def policy_of(args: Namespace) -> Policy:

@@ -6,6 +6,7 @@ import os
 import sys
 import tarfile
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
@@ -20,7 +21,7 @@ from common import SIZE, UserError, check_sums, first_line, written_whole
 MAX_FILE_BYTES = 1 << 20  # a 32×32 image has a few kilobytes; what claims more is none
 MAX_ARCHIVE_BYTES = 2 << 30  # unpacked
 MAX_IMAGES = 1_000_000  # 3 GB of pixels
-CACHE_FORMAT = 3  # raise when what is cached changes
+CACHE_FORMAT = 4  # raise when what is cached changes
 
 Splits = dict[str, tuple[Tensor, Tensor]]  # "train" and "test": images, labels
 
@@ -111,13 +112,17 @@ def _decode(path: Path) -> tuple[list[str], Splits]:
 
 
 def _pixels(path: Path, name: str, blob: bytes) -> np.ndarray:
-    """The RGB pixels uint8 (32, 32, 3) of a PNG or JPEG file."""
+    """The RGB pixels uint8 (32, 32, 3) of a PNG or JPEG file. A PNG has check sums, which Pillow
+    passes over as it decodes; a JPEG has none."""
+    opened = partial(Image.open, io.BytesIO(blob), formats=("PNG", "JPEG"))
     try:
-        with Image.open(io.BytesIO(blob), formats=("PNG", "JPEG")) as image:
+        with opened() as image:
             if image.size != (SIZE, SIZE):  # known from the header: nothing large is decoded
                 raise UserError(
                     f"--data {path}: {name} is {image.width}×{image.height}, not {SIZE}×{SIZE}"
                 )
+            image.verify()
+        with opened() as image:
             return np.asarray(to_rgb(image))
     except UserError:
         raise

@@ -19,6 +19,8 @@ from common import UserError, first_line
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 DEVICES = ("auto", "cpu", "cuda", "mps")
+PACKAGES = ("torch", "torchvision", "numpy", "Pillow", "albumentations")
+PACKAGES += ("opencv-python-headless", "kornia")
 
 
 def choose_device(name: str) -> torch.device:
@@ -117,7 +119,7 @@ def versions() -> dict[str, str | None]:
     except (OSError, subprocess.CalledProcessError):
         commit = None
     found = {"python": sys.version.split()[0], "commit": commit}
-    for name in ("torch", "torchvision", "numpy", "Pillow", "albumentations"):
+    for name in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
     return found

@@ -276,11 +276,14 @@ def redraw(run: Path, numbers: list[int] | None) -> list[dict[str, Any]]:
                 f"--images {number}: {dataset.name} has {count:,} test images, from 0 on"
             )
     history, logits = checkpoint.load_history(run), checkpoint.load_predictions(run)
-    if len(logits) != count:
+    if logits.shape != (count, len(dataset.classes)):
         raise UserError(
             f"{run / 'predictions.npy'} is not of {dataset.name}'s {count:,} test images"
         )
-    draw_run(run, checkpoint.load_config(run)["flags"], dataset, logits, history)
+    try:
+        draw_run(run, checkpoint.load_config(run)["flags"], dataset, logits, history)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{run / 'metrics.jsonl'} is damaged: {error!r}") from error
     attention(run / "attention.png", attention_panels(run, dataset, numbers))
     return history
 

@@ -2,6 +2,7 @@
 
 import os
 import random
+import signal
 
 import numpy as np
 import torch
@@ -101,4 +102,5 @@ def start_worker(_number: int) -> None:
     """Reseed a worker, which torch seeds anew in every epoch; left alone, workers draw identical
     parameters and every epoch repeats them."""
     reseed(torch.utils.data.get_worker_info().dataset.compose)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a job's, whose epoch ends first
     cv2.setNumThreads(0)

@@ -33,7 +33,7 @@ import ranks
 import report
 import step
 from common import Terminated, UserError, exit_status, first_line, going_on, is_out_of_memory
-from flags import describe_recipe, parse_flags
+from flags import describe_recipe, identity, parse_flags
 from machine import (
     choose_device,
     choose_precision,
@@ -206,7 +206,9 @@ def write_config(folder: Path, config: dict[str, Any], device: torch.device) -> 
 
 def resume(training: Training, folder: Path, dataset: data.Dataset, args: Namespace) -> None:
     """Have `training` where the run in `folder` stopped; the run notes where its images lie now."""
-    state = checkpoint.load(folder / "last.pt")
+    state, ours = checkpoint.load(folder / "last.pt"), identity(args)
+    if state.get("run", ours) != ours:  # which older runs did not note
+        raise UserError(f"--resume {folder}: last.pt and config.json are of different runs")
     try:
         training.load_state(state)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:

@@ -3,6 +3,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,8 @@ import synthetic
 
 # Ctrl-C is tested; a shell starts a job in the background with it ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+cache = tempfile.TemporaryDirectory()  # for fixtures and processes that outlive a test
+os.environ["XDG_CACHE_HOME"] = cache.name
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once a process
 if not torch.cuda.is_available():

@@ -14,12 +14,13 @@ from model import build
 def model_file(path, **changes):
     net = build("atrous", 4)
     content = {"net": "atrous", "num_classes": 4, "state_dict": net.state_dict()}
-    checkpoint.save(path, content | changes)
+    content |= {"classes": list("abcd"), "mean": [0.0] * 3, "std": [1.0] * 3} | changes
+    checkpoint.save(path, {key: value for key, value in content.items() if value is not None})
     return net.eval()
 
 
 def test_a_net_comes_back_as_it_was(tmp_path):
-    net = model_file(tmp_path / "model.pt", classes=list("abcd"))
+    net = model_file(tmp_path / "model.pt")
     loaded, content = checkpoint.load_net(tmp_path / "model.pt")
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(loaded(images), net(images))
@@ -83,6 +84,8 @@ BAD = {
     "another net": lambda path: model_file(path, net="resnet"),
     "other classes": lambda path: model_file(path, num_classes=5),
     "no weights": lambda path: model_file(path, state_dict=None),
+    "no class names": lambda path: model_file(path, classes=None),
+    "no mean": lambda path: model_file(path, mean=None),
 }
 
 

@@ -128,6 +128,17 @@ def test_a_resumed_run_keeps_its_images_and_labels(tmp_path, no_pictures, capsys
     assert "pets has other images or classes by now" in capsys.readouterr().err
 
 
+def test_the_checkpoint_of_another_run(finished, tmp_path, capsys):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    config = json.loads((folder / "config.json").read_text())
+    for flag, value in {"epochs": 4, "seed": 7, "lr": 0.3}.items():
+        other = config | {"flags": config["flags"] | {flag: value}}
+        (folder / "config.json").write_text(json.dumps(other))
+        assert train.main(["--resume", str(folder)]) == 2
+        assert "last.pt and config.json are of different runs" in capsys.readouterr().err
+    assert (folder / "last.pt").read_bytes() == (finished[0] / "last.pt").read_bytes()
+
+
 def test_before_its_first_checkpoint_too(finished, tmp_path, capsys, no_pictures):
     config = (finished[0] / "config.json").read_text()
     (tmp_path / "run").mkdir()
