@@ -1,3 +1,8 @@
+import multiprocessing
+import os
+import signal
+import time
+
 import cv2
 import numpy as np
 import pytest
@@ -58,6 +63,18 @@ def test_the_seed_decides(workers):
         epochs.append(epoch(loader(*numbered(50), workers))[0])
     assert torch.equal(epochs[0], epochs[1])
     assert not torch.equal(epochs[0], epochs[2])
+
+
+def test_workers_leave_sigterm_to_the_run():
+    """It is sent to all processes of a job; the run ends its epoch first, with their images."""
+    batches = iter(loader(*numbered(500)))
+    next(batches)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        os.kill(worker.pid, signal.SIGTERM)
+    time.sleep(0.5)
+    assert sum(1 for _ in batches) == 19
 
 
 def test_transforms_are_those_of_the_policy():
