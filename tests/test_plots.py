@@ -195,8 +195,13 @@ def test_mistakes_of_the_user_are_one_line(run, capsys):
 
     assert "--images 60: synthetic has 60 test images" in error(run, "--images", "60")
     assert "a picture shows 100 at most" in error(run, "--images", *range(50), *range(51))
-    np.save(run / "predictions.npy", np.zeros((3, 10)))
-    assert "predictions.npy is not of" in error(run)
+    metrics = (run / "metrics.jsonl").read_text()
+    for text in ("{}\n", metrics.replace("test_accuracy", "accuracy"), '{"epoch": "x"}\n'):
+        (run / "metrics.jsonl").write_text(text)
+        assert "metrics.jsonl is damaged" in error(run)
+    for shape in ((3, 10), (60,), (60, 9), ()):
+        np.save(run / "predictions.npy", np.zeros(shape))
+        assert "predictions.npy is not of" in error(run)
     (run / "predictions.npy").write_bytes(b"no array")
     assert "predictions.npy is missing or damaged" in error(run)
     (run / "metrics.jsonl").write_text("{")
