@@ -57,6 +57,7 @@ def run(tmp_path):
     """A run's folder with an untrained net in it."""
     net = build("net136k", 10)
     content = {"net": "net136k", "num_classes": 10, "state_dict": net.state_dict()}
+    content |= {"classes": list("abcdefghij"), "mean": [0.0] * 3, "std": [1.0] * 3}
     checkpoint.save(tmp_path / "model.pt", content)
     (tmp_path / "config.json").write_text(json.dumps(CONFIG))
     return tmp_path
