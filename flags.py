@@ -125,14 +125,7 @@ def parse_flags(argv: list[str]) -> Namespace:
         if args.cutout and args.cutout_min is not None and args.cutout_min > args.cutout:
             raise UserError(f"--cutout-min {args.cutout_min}: larger than --cutout {args.cutout}")
         return args
-    flags = checkpoint.load_config(Path(args.resume))["flags"]
-    try:
-        own = vars(parser.parse_args(spelled(flags)))
-        changed = [name for name, value in flags.items() if own[name] != value]
-        if changed:
-            raise UserError(f"{changed[0]} cannot be {flags[changed[0]]}")
-    except UserError as error:
-        raise UserError(f"{args.resume}/config.json is damaged: {error}") from error
+    flags = flags_of_run(Path(args.resume), parser)
     parser.set_defaults(**flags)
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
@@ -142,6 +135,19 @@ def parse_flags(argv: list[str]) -> Namespace:
         if name not in MAY_CHANGE and value != flags[name]:
             raise UserError(f"{option} {value}: the run in {args.resume} has {flags[name]}")
     return args
+
+
+def flags_of_run(run: Path, parser: Parser) -> dict[str, Any]:
+    """Those in its config. Raises UserError where one is none that `parser` takes."""
+    flags = checkpoint.load_config(run)["flags"]
+    try:
+        parsed = vars(parser.parse_args(spelled(flags)))
+        for name, value in flags.items():
+            if parsed.get(name) != value:
+                raise UserError(f"{name} cannot be {value}")
+    except UserError as error:
+        raise UserError(f"{run / 'config.json'} is damaged: {error}") from error
+    return flags
 
 
 def spelled(flags: dict[str, Any]) -> list[str]:

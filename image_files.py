@@ -6,7 +6,6 @@ import os
 import sys
 import tarfile
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
@@ -112,17 +111,16 @@ def _decode(path: Path) -> tuple[list[str], Splits]:
 
 
 def _pixels(path: Path, name: str, blob: bytes) -> np.ndarray:
-    """The RGB pixels uint8 (32, 32, 3) of a PNG or JPEG file. A PNG has check sums, which Pillow
-    passes over as it decodes; a JPEG has none."""
-    opened = partial(Image.open, io.BytesIO(blob), formats=("PNG", "JPEG"))
+    """The RGB pixels uint8 (32, 32, 3) of a PNG or JPEG file."""
     try:
-        with opened() as image:
+        with Image.open(io.BytesIO(blob), formats=("PNG", "JPEG")) as image:
             if image.size != (SIZE, SIZE):  # known from the header: nothing large is decoded
                 raise UserError(
                     f"--data {path}: {name} is {image.width}×{image.height}, not {SIZE}×{SIZE}"
                 )
-            image.verify()
-        with opened() as image:
+            if image.format == "PNG":  # it has check sums, which Pillow passes over as it decodes
+                with Image.open(io.BytesIO(blob), formats=("PNG",)) as whole:
+                    whole.verify()
             return np.asarray(to_rgb(image))
     except UserError:
         raise

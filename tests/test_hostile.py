@@ -284,6 +284,7 @@ def test_configurations(tmp_path, capsys):
         "rgb_shift": [0.0],
         "sam": True,
         "unknown": 1,
+        "strange": False,
     }.items():
         (tmp_path / "config.json").write_text(json.dumps({"flags": flags | {name: value}}))
         assert ends_in_one_line(["--resume", tmp_path], capsys), name
