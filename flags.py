@@ -186,14 +186,14 @@ def describe_recipe(args: Namespace) -> str:
     changed = [name for name in published if name not in kept]
     rest = [name for name in OF_A_RECIPE.split() if name not in published]
 
-    def spelled(names: list[str]) -> str:
+    def listed(names: list[str]) -> str:
         said = {name: "mean" if values[name] is None else values[name] for name in names}
         return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in said.items())
 
     sentences = (
-        f"published: {spelled(kept) or 'nothing'}",
-        changed and f"changed here: {spelled(changed)}",
-        f"not published: {spelled(rest)}",
+        f"published: {listed(kept) or 'nothing'}",
+        changed and f"changed here: {listed(changed)}",
+        f"not published: {listed(rest)}",
         recipe.note,
     )
     indent = " " * 11
