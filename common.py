@@ -21,8 +21,8 @@ class UserError(Exception):
     """A mistake of the user's: one line that names the flag or file and the way out."""
 
 
-class Terminated(Exception):
-    """SIGTERM was heeded: what to say of it."""
+class Terminated(BaseException):
+    """SIGTERM came: as with Ctrl-C no error, lest one be made of it."""
 
 
 def going_on(folder: Path, how: str = "after the last line") -> str:
@@ -44,8 +44,13 @@ class Parser(argparse.ArgumentParser):
 def exit_status(job: Callable[[], None]) -> int:
     """Of a command: 0; 2 for a user's mistake, a full disk or device, 130 for Ctrl-C, 143 for
     SIGTERM, each with its line on stderr; 141 where nobody reads on, as in `| head`."""
+
+    def end(*_: object) -> NoReturn:
+        raise Terminated
+
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name, or a terminal, need not be UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
+    previous = signal.signal(signal.SIGTERM, end)
     try:
         job()
         print(end="", flush=True)
@@ -65,8 +70,10 @@ def exit_status(job: Callable[[], None]) -> int:
         print(f"interrupted: {interrupt}".rstrip(": "), file=sys.stderr)
         return 130
     except Terminated as terminated:
-        print(f"terminated: {terminated}", file=sys.stderr)
+        print(f"terminated: {terminated}".rstrip(": "), file=sys.stderr)
         return 143
+    finally:
+        signal.signal(signal.SIGTERM, previous)
     return 0
 
 

@@ -19,7 +19,7 @@ import data
 import ranks
 import report
 import step
-from common import Terminated, UserError, going_on, noting_sigterm
+from common import Terminated, UserError, noting_sigterm
 from flags import identity, policy_of
 from optimise import Training
 
@@ -141,7 +141,7 @@ def run_epochs(training: Training, dataset: data.Dataset, args: Namespace, folde
             run_epoch(training, take_step, dataset, args, bar)
             ranks.by_main(partial(keep, training, args, folder), device)
             if ranks.any_says(asked_to_end.is_set(), device):
-                raise Terminated(going_on(folder))
+                raise Terminated
 
 
 def keep(training: Training, args: Namespace, folder: Path) -> None:

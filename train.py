@@ -156,8 +156,8 @@ def ending_in_one_line(args: Namespace, folder: Path, device: torch.device) -> I
     """Has what stops a run say in one line how to go on."""
     try:
         yield
-    except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt(going_on(folder)) from interrupt
+    except (KeyboardInterrupt, Terminated) as ended:
+        raise type(ended)(going_on(folder)) from ended
     except BrokenPipeError:  # for whoever pipes the run
         raise
     except OSError as error:  # a full disk, say
@@ -294,7 +294,7 @@ def repeat(args: Namespace, command: str, dataset: data.Dataset) -> None:
 
 def main(argv: list[str]) -> int:
     """The exit status: 0, 2 for a user's mistake (one line on stderr), 130 for Ctrl-C, 143 for
-    SIGTERM, which ends the run after the epoch and its checkpoint."""
+    SIGTERM, which lets an epoch end and its checkpoint be written."""
     return exit_status(lambda: run_all(parse_flags(argv), argv))
 
 

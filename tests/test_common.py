@@ -1,5 +1,6 @@
 """What every command does with its output and its end."""
 
+import contextlib
 import io
 import signal
 import subprocess
@@ -35,6 +36,18 @@ def test_an_error_is_a_line_of_readable_characters(capsys):
 
     assert common.exit_status(job) == 2
     assert capsys.readouterr().err == "error: first second ?[2J?\n"
+
+
+def test_sigterm_is_no_error_that_one_could_pass_over(capsys):
+    def job():
+        with contextlib.suppress(Exception):
+            signal.raise_signal(signal.SIGTERM)
+        raise AssertionError
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert common.exit_status(job) == 143
+    assert capsys.readouterr().err == "terminated\n"
+    assert signal.getsignal(signal.SIGTERM) is before
 
 
 def test_a_second_sigterm_ends_as_ever():

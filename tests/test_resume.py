@@ -49,6 +49,20 @@ def test_ended_and_resumed_is_as_if_nothing_had_been(
     assert summary["command"].endswith(f"--out {folder}")
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ended_behind_its_last_epoch(finished, tmp_path, monkeypatch, capsys, number):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    before = (folder / "summary.json").read_text()
+    (folder / "summary.json").unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(train.report, "write_outcome", lambda *_: signal.raise_signal(number))
+        assert train.main(["--resume", str(folder)]) == 128 + number
+    assert f": --resume {folder} goes on" in capsys.readouterr().err
+    assert train.main(["--resume", str(folder)]) == 0
+    after = (json.loads(text) for text in (before, (folder / "summary.json").read_text()))
+    assert len({each["final_accuracy"] for each in after}) == 1
+
+
 def test_a_resumed_run_keeps_its_flags(finished, capsys):
     folder, _ = finished
     for option, value, had in (
