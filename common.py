@@ -48,6 +48,8 @@ def exit_status(job: Callable[[], None]) -> int:
     def end(*_: object) -> NoReturn:
         raise Terminated
 
+    # Closed, as by `2>&-`, they are None, at which libraries fail.
+    sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name, or a terminal, need not be UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
     previous = signal.signal(signal.SIGTERM, end)

@@ -141,12 +141,7 @@ def _channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 
 # CIFAR-10, through torchvision
 
-NETWORK_ERRORS = (
-    urllib.error.URLError,
-    TimeoutError,
-    ConnectionError,
-    http.client.HTTPException,
-)
+NETWORK_ERRORS = (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException)
 
 
 def _cifar10(data_dir: Path) -> tuple[str, list[str], Splits]:
@@ -181,7 +176,7 @@ def _fetch_cifar10(data_dir: Path) -> None:
     socket.setdefaulttimeout(NETWORK_TIMEOUT)
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=data_dir, prefix=".download-") as folder:
+        with tempfile.TemporaryDirectory(dir=data_dir.absolute(), prefix=".download-") as folder:
             if archive.exists():
                 extract_archive(archive, folder)
             else:
@@ -192,6 +187,7 @@ def _fetch_cifar10(data_dir: Path) -> None:
     except NETWORK_ERRORS:
         raise
     except OSError as error:
-        raise UserError(f"--data-dir {data_dir} cannot be written: {error}") from error
+        if not (data_dir / CIFAR10.base_folder).exists():  # another run may have been faster
+            raise UserError(f"--data-dir {data_dir} cannot be written: {error}") from error
     finally:
         socket.setdefaulttimeout(timeout)

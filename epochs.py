@@ -2,7 +2,6 @@
 
 import math
 import statistics
-import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
@@ -126,7 +125,7 @@ def run_epochs(training: Training, dataset: data.Dataset, args: Namespace, folde
     Terminated after the epoch in which SIGTERM came to one of the processes."""
     device, steps = dataset.train_images.device, len(dataset.train_images) // args.batch_size
     done = {"total": args.epochs * steps, "initial": len(training.history) * steps}
-    quiet = True if ranks.rank() or not sys.stderr else None  # None: off without a terminal
+    quiet = True if ranks.rank() else None  # None: off without a terminal
     with (
         tqdm(**done, unit="step", leave=False, disable=quiet) as bar,
         noting_sigterm() as asked_to_end,

@@ -178,12 +178,8 @@ def attention(path: Path, panels: list[Panel]) -> None:
     figure = Figure(figsize=(6.4, 2.1 * len(panels) + 0.5), layout="constrained")
     grid = figure.subplots(len(panels), 3, squeeze=False)
     for row, (caption, image, cam, field) in zip(grid, panels, strict=True):
-        for axes, over, title in zip(
-            row,
-            (None, cam, field),
-            (caption, "Grad-CAM", "effective field, central unit"),
-            strict=True,
-        ):
+        titles = caption, "Grad-CAM", "effective field, central unit"
+        for axes, over, title in zip(row, (None, cam, field), titles, strict=True):
             axes.axis("off")
             axes.imshow(image if over is None else image.mean(2), cmap="gray")
             if over is not None:

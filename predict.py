@@ -4,6 +4,7 @@ python predict.py RUN IMAGE… [--top 3] [--json]
 """
 
 import json
+import os
 import sys
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -35,9 +36,10 @@ def to_pixels(image: Image.Image) -> np.ndarray:
 
 
 def formats() -> list[str]:
-    """Pillow's, without the one for which it starts a program: Ghostscript runs what EPS says."""
+    """Pillow's, but EPS, for which it starts Ghostscript, a program that does what the image says,
+    and IPTC, which may hold an EPS."""
     Image.init()
-    return [name for name in Image.OPEN if name != "EPS"]
+    return [name for name in Image.OPEN if name not in ("EPS", "IPTC")]
 
 
 def named_files(arguments: list[str], failed: list[str]) -> Iterator[tuple[str, Path | BytesIO]]:
@@ -47,10 +49,10 @@ def named_files(arguments: list[str], failed: list[str]) -> Iterator[tuple[str, 
         path = Path(argument)
         if argument == "-":
             yield "-", BytesIO(sys.stdin.buffer.read())
-        elif path.is_dir():
+        elif os.path.isdir(path):  # Path.is_dir() raises where it may not look
             kinds, known = Image.registered_extensions(), formats()
             files = [f for f in path.rglob("*") if kinds.get(f.suffix.lower()) in known]
-            files = [file for file in files if file.is_file() and not is_hidden(file.name)]
+            files = [file for file in files if os.path.isfile(file) and not is_hidden(file.name)]
             if not files:
                 skip(argument, "no image in that folder", failed)
             yield from ((str(file), file) for file in sorted(files))

@@ -117,18 +117,10 @@ def make_step(training: Training, dataset: Dataset, args: Namespace, radius: flo
     Eager remain fp16, whose loss scaler decides on the host, and several processes.
     """
     net = torch.compile(training.net) if args.compile else training.net
+    learner = net, training.optimizer, training.scaler
 
     def step(inputs: Tensor, labels: Tensor) -> Tensor:
-        return train_step(
-            net,
-            training.optimizer,
-            training.scaler,
-            inputs,
-            labels,
-            args.precision,
-            args.label_smoothing,
-            radius,
-        )
+        return train_step(*learner, inputs, labels, args.precision, args.label_smoothing, radius)
 
     eager = args.eager or training.scaler.is_enabled() or ranks.count() > 1
     if eager or not dataset.train_images.is_cuda:

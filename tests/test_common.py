@@ -30,6 +30,12 @@ def test_an_output_that_nobody_reads():
     assert process.stderr.read() == b""
 
 
+def test_what_is_for_a_closed_stderr_goes_nowhere(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", None)
+    assert common.exit_status(lambda: print("skipped: a.png", file=sys.stderr)) == 0
+    assert capsys.readouterr().out == ""
+
+
 def test_an_error_is_a_line_of_readable_characters(capsys):
     def job():
         raise common.UserError("first\nsecond \x1b[2J\u202e")

@@ -3,6 +3,7 @@ import io
 import pickle
 import tarfile
 import urllib.error
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -174,6 +175,22 @@ def test_a_wrong_sum_is_no_reason_to_fall_back(tmp_path, monkeypatch):
     monkeypatch.setattr("torchvision.datasets.CIFAR10.download", broken_download(error))
     with pytest.raises(UserError, match="damaged"):
         data.load("auto", tmp_path, CPU)
+
+
+def test_two_first_runs_at_once(tmp_path, monkeypatch):
+    def download(self):
+        for data_dir in (Path(self.root), tmp_path):  # by this run, and meanwhile by another
+            folder = data_dir / self.base_folder
+            folder.mkdir()
+            for name, _ in self.train_list + self.test_list:
+                content = {"data": np.arange(3072, dtype=np.uint8)[None], "labels": [3]}
+                (folder / name).write_bytes(pickle.dumps(content))
+            (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": list("abcdefghij")}))
+
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.download", download)
+    monkeypatch.setattr("torchvision.datasets.CIFAR10._check_integrity", lambda _: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+    assert len(data.load("cifar10", tmp_path, CPU).train_images) == 5
 
 
 @pytest.mark.parametrize("source", ["auto", "cifar10"])

@@ -173,9 +173,20 @@ def test_what_would_start_a_program_or_is_hidden_is_not_read(run, tmp_path, caps
     (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     (tmp_path / "b.eps").write_bytes((tmp_path / "a.jpg").read_bytes())
     (tmp_path / "._c.jpg").write_bytes(b"of a Mac")
+    fields = {(3, 60): b"\1\0", (3, 20): b"\0\x09", (3, 30): b"\0\x09", (3, 120): b"\5"}
+    fields[8, 10] = (tmp_path / "a.jpg").read_bytes()
+    iptc = (bytes([28, *key]) + len(value).to_bytes(2) + value for key, value in fields.items())
+    (tmp_path / "d.jpg").write_bytes(b"".join(iptc))  # holds a.jpg
     assert predict.main([str(run), str(tmp_path / "a.jpg"), str(tmp_path)]) == 1
     skipped = capsys.readouterr().err.splitlines()
-    assert skipped == [f"skipped: {tmp_path}/a.jpg: of no known format"] * 2
+    assert skipped == [f"skipped: {tmp_path}/{x}.jpg: of no known format" for x in "aad"]
+
+
+def test_a_path_too_long_costs_no_other(run, tmp_path, capsys):
+    good = save(tmp_path / "good.png", (9, 250, 9))
+    status, results, error = classified(capsys, run, "x" * 300, good)
+    assert (status, list(results)) == (1, [good])
+    assert error.startswith(f"skipped: {'x' * 300}: ")
 
 
 def test_text_is_aligned_and_in_batches(run, tmp_path, capsys, monkeypatch):
