@@ -177,6 +177,16 @@ def test_a_wrong_sum_is_no_reason_to_fall_back(tmp_path, monkeypatch):
         data.load("auto", tmp_path, CPU)
 
 
+def test_a_tilde_that_the_shell_left_is_a_name(tmp_path, monkeypatch):
+    def download(self):
+        assert Path(self.root).is_relative_to(tmp_path / "~")
+        raise TimeoutError
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.download", download)
+    assert data.load("auto", Path("~"), CPU).name == "synthetic"
+
+
 def test_two_first_runs_at_once(tmp_path, monkeypatch):
     def download(self):
         for data_dir in (Path(self.root), tmp_path):  # by this run, and meanwhile by another
