@@ -189,22 +189,23 @@ def export(run: Path, int8: bool) -> None:
         right = in_batches(session(model), images).argmax(1) == labels
         with written_whole(run / name) as file:
             file.write(model)
-        rate = one_core_rate(model, images)
+        batch = images[:100]
+        alone, together = one_core_seconds(model, batch[:1]), one_core_seconds(model, batch)
         print(
             f"{run / name}: {len(model) / 1000:.0f} kB, {right.mean():.2%} of {len(images):,} test "
-            f"images of {dataset.name}, {rate:,.0f} images/s on one CPU core"
+            f"images of {dataset.name}; on one CPU core {1000 * alone:.1f} ms for one, "
+            f"{len(batch) / together:,.0f} images/s in batches of {len(batch)}"
         )
 
 
-def one_core_rate(model: bytes, images: np.ndarray) -> float:
-    """Images/s in batches of 100: the median of nine, after a warm-up."""
-    classify, batch = session(model, threads=1), images[:100]
-    seconds = []
+def one_core_seconds(model: bytes, images: np.ndarray) -> float:
+    """Of a batch of `images`: the median of nine, after a warm-up."""
+    classify, seconds = session(model, threads=1), []
     for _ in range(10):
         start = time.perf_counter()
-        classify(batch)
+        classify(images)
         seconds.append(time.perf_counter() - start)
-    return len(batch) / statistics.median(seconds[1:])
+    return statistics.median(seconds[1:])
 
 
 def main(argv: list[str]) -> int:
