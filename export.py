@@ -7,7 +7,7 @@ import json
 import statistics
 import sys
 import tempfile
-import time
+import timeit
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -189,23 +189,19 @@ def export(run: Path, int8: bool) -> None:
         right = in_batches(session(model), images).argmax(1) == labels
         with written_whole(run / name) as file:
             file.write(model)
-        batch = images[:100]
-        alone, together = one_core_seconds(model, batch[:1]), one_core_seconds(model, batch)
+        classify, batch = session(model, threads=1), images[:100]
+        alone, together = median_seconds(classify, batch[:1]), median_seconds(classify, batch)
         print(
-            f"{run / name}: {len(model) / 1000:.0f} kB, {right.mean():.2%} of {len(images):,} test "
-            f"images of {dataset.name}; on one CPU core {1000 * alone:.1f} ms for one, "
+            f"{run / name}: {len(model) / 1000:.0f} kB\n"
+            f"  {right.mean():.2%} of {len(images):,} test images of {dataset.name}\n"
+            f"  on one CPU core {1000 * alone:.1f} ms for one image, "
             f"{len(batch) / together:,.0f} images/s in batches of {len(batch)}"
         )
 
 
-def one_core_seconds(model: bytes, images: np.ndarray) -> float:
-    """Of a batch of `images`: the median of nine, after a warm-up."""
-    classify, seconds = session(model, threads=1), []
-    for _ in range(10):
-        start = time.perf_counter()
-        classify(images)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds[1:])
+def median_seconds(classify: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> float:
+    """Of nine rounds, after one to warm up."""
+    return statistics.median(timeit.repeat(lambda: classify(images), repeat=10, number=1)[1:])
 
 
 def main(argv: list[str]) -> int:

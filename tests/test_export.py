@@ -1,5 +1,6 @@
 import importlib.util
 import json
+import re
 
 import numpy as np
 import pytest
@@ -78,6 +79,19 @@ def test_a_file_is_little_more_than_the_parameters(exported):
         content = (exported / name).read_bytes()
         assert len(content) < size * parameters + 100_000
         assert b"export.py" not in content  # a stack trace, with the paths of this machine
+
+
+def test_the_figures_it_prints(exported, capsys):
+    assert export.main([str(exported)]) == 0
+    first, *lines = capsys.readouterr().out.splitlines()
+    dataset = checkpoint.load_data(exported, torch.device("cpu"))
+    net, _ = checkpoint.load_net(exported / "model.pt")
+    right = step.predict_logits(net, dataset, "fp32").argmax(1) == dataset.test_labels
+    file = exported / "model.onnx"
+    assert first.startswith("200 test images")
+    assert lines[0] == f"{file}: {file.stat().st_size / 1000:.0f} kB"
+    assert lines[1].strip() == f"{right.float().mean():.2%} of 200 test images of synthetic"
+    assert re.fullmatch(r"  on one CPU core \S+ ms for one image, \S+ images/s .* of 100", lines[2])
 
 
 def test_what_differs_is_not_written(exported, tmp_path, capsys, monkeypatch):
