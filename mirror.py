@@ -81,8 +81,8 @@ class MirrorNorm(nn.BatchNorm2d):
             return x.permute(0, 3, 1, 2)
 
         y = super().forward(widened(x))
-        y = y if skip is None else y.add_(widened(skip))
-        y = y.relu_() if self.relu else y
+        y = y if skip is None else y + widened(skip)
+        y = F.relu(y) if self.relu else y
         return y.permute(0, 2, 3, 1).reshape(n, height, width, channels).permute(0, 3, 1, 2)
 
 
