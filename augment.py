@@ -5,7 +5,7 @@ Images are (N, C, W, W), in any unit; W = 32 in this project.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -49,10 +49,6 @@ class Params:
     rgb_shift: Tensor  # float32 (N, 3), whole levels
     alpha: Tensor  # float32 (N,), contrast factor
     beta: Tensor  # float32 (N,), brightness, levels
-
-    def __getitem__(self, index: slice | Tensor) -> "Params":
-        """The parameters of some of the images."""
-        return Params(**{f.name: getattr(self, f.name)[index] for f in fields(self)})
 
 
 def sample(policy: Policy, count: int, size: int, device: torch.device) -> Params:
@@ -115,20 +111,19 @@ def apply(
         raise ValueError(f"border {border!r} is not one of {BORDERS}")
     size = images.shape[-1]
 
-    def warp(images: Tensor, params: Params) -> Tensor:
-        grid = sampling_grid(inverse_matrix(params, size), size)
+    def warp(images: Tensor, theta: Tensor) -> Tensor:
+        grid = sampling_grid(theta, size)
         if border == "reflect101":
             return F.grid_sample(images, grid, padding_mode="reflection", align_corners=True)
         return F.grid_sample(images - fill, grid, padding_mode="zeros", align_corners=True) + fill
 
-    def cut(images: Tensor, params: Params) -> Tensor:
-        return torch.where(_inside(params.hole, size), fill, images)
+    def cut(images: Tensor, hole: Tensor) -> Tensor:
+        return torch.where(_inside(hole, size), fill, images)
 
-    images = images.to(torch.float32, copy=True)
-    images = _where(params.flip, lambda images, _: images.flip(3), images, params)
-    images = _where(params.affine, warp, images, params)
-    has_hole = params.hole[:, 2] > 0
-    return _where(has_hole, cut, images, params)
+    images = _where(params.flip, lambda images, _: images.flip(3), images.clone(), params.flip)
+    images = images.float()
+    images = _where(params.affine, warp, images, inverse_matrix(params, size))
+    return _where(params.hole[:, 2] > 0, cut, images, params.hole)
 
 
 def inverse_matrix(params: Params, size: int) -> Tensor:
@@ -156,10 +151,11 @@ def sampling_grid(theta: Tensor, size: int) -> Tensor:
 
 
 def _where(
-    drawn: Tensor, change: Callable[[Tensor, Params], Tensor], images: Tensor, params: Params
+    drawn: Tensor, change: Callable[[Tensor, Tensor], Tensor], images: Tensor, params: Tensor
 ) -> Tensor:
-    """`images`, changed where `drawn`, bool (N,). A CPU computes only those, in place; to ask a GPU
-    which they are would be to wait for it, and it computes all."""
+    """`images`, where `drawn`, bool (N,), changed by what `params` (N, …) has for each. A CPU
+    computes only those, in place; to ask a GPU which they are would be to wait for it, and it
+    computes all."""
     if images.device.type != "cpu":
         return torch.where(drawn.view(-1, 1, 1, 1), change(images, params), images)
     index = drawn.nonzero().squeeze(1)

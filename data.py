@@ -91,8 +91,7 @@ def epoch_batches(count: int, batch_size: int, device: torch.device) -> tuple[Te
 
 def normalize(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """Images (N, 3, H, W) in 0–255 units, uint8 or float, as float32 of mean 0 and deviation 1."""
-    images = images.to(torch.float32, copy=True)
-    return images.sub_(mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))
+    return (images - mean.view(-1, 1, 1)).div_(std.view(-1, 1, 1))
 
 
 def _read(source: str, data_dir: Path) -> tuple[str, list[str], Splits]:

@@ -27,8 +27,8 @@ def prepared(images: Tensor, policy: Policy | None, mean: Tensor, std: Tensor) -
     params = sample(policy, len(images), images.shape[-1], images.device)
     if policy.rgb_shift_p or policy.brightness_contrast_p:
         images = jitter_colours(images, params)
-    fill = 0.0 if policy.fill is None else ((policy.fill - mean) / std).view(-1, 1, 1)
-    return apply(normalize(images, mean, std), params, fill, policy.border)
+    fill = mean.view(-1, 1, 1) if policy.fill is None else policy.fill
+    return normalize(apply(images, params, fill, policy.border), mean, std)
 
 
 def forward(net: nn.Module, inputs: Tensor, precision: str) -> Tensor:
