@@ -17,7 +17,7 @@ from common import UserError, check_sums, first_line, written_whole
 from model import build
 
 T = TypeVar("T")
-FORMAT = 2  # of both files; raise when their keys change, those of the nets too
+FORMAT = 3  # of both files; raise when their keys change, those of the nets too
 
 
 def save(path: Path, content: dict[str, Any]) -> None:

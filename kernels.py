@@ -20,9 +20,7 @@ def norm(layer: nn.BatchNorm2d, x: Tensor, skip: Tensor | None) -> Tensor:
     """What mirror.MirrorNorm does in training."""
     running = (layer.running_mean, layer.running_var, layer.num_batches_tracked)
     running = running if layer.track_running_stats else None
-    return _Norm.apply(
-        x, skip, layer.weight, layer.bias, running, layer.momentum, layer.eps, layer.relu
-    )
+    return _Norm.apply(x, skip, layer.weight, layer.bias, running, layer.momentum, layer.eps)
 
 
 def mirrored(alike: Tensor, differing: Tensor | None) -> Tensor:
@@ -44,7 +42,6 @@ class _Norm(torch.autograd.Function):
         running: tuple[Tensor, Tensor, Tensor] | None,
         momentum: float,
         eps: float,
-        relu: bool,
     ) -> Tensor:
         x = x.contiguous(memory_format=LAST)
         skip = None if skip is None else skip.contiguous(memory_format=LAST)
@@ -56,8 +53,8 @@ class _Norm(torch.autograd.Function):
         counts = shape.channels, shape.programs, shape.rows
         _settle[blocks,](x, partial, saved, *(running or [None] * 3), *counts, momentum, eps)
         y = torch.empty_like(x)
-        _normalize[shape.tiles,](x, skip, saved, weight, bias, y, shape.rows, relu, **shape.tile)
-        ctx.save_for_backward(x, saved, weight, y if relu else None)
+        _normalize[shape.tiles,](x, skip, saved, weight, bias, y, shape.rows, **shape.tile)
+        ctx.save_for_backward(x, saved, weight, y)
         ctx.skips = skip is not None
         return y
 
@@ -68,14 +65,14 @@ class _Norm(torch.autograd.Function):
         dy = dy.contiguous(memory_format=LAST)
         shape = _Shape(x, len(weight))
         partial = x.new_empty(shape.programs, 2, shape.channels, dtype=torch.float32)
-        cut = torch.empty_like(x) if ctx.skips and y is not None else None
+        cut = torch.empty_like(x) if ctx.skips else None
         _gradient_sums[shape.programs,](dy, y, cut, x, saved, partial, shape.rows, **shape.tile)
-        if cut is not None:
+        if ctx.skips:
             dy, y = cut, None
         sums = partial.sum(0)
         dx = torch.empty_like(x)
         _gradient[shape.tiles,](dy, y, x, saved, sums, weight, dx, shape.rows, **shape.tile)
-        return dx, dy if ctx.skips else None, sums[1], sums[0], None, None, None, None
+        return dx, dy if ctx.skips else None, sums[1], sums[0], None, None, None
 
 
 class _Shape:
@@ -102,7 +99,7 @@ def matrix(base, at, there):
 
 @triton.jit
 def _let_through(dy, y, at, there):
-    """The gradient dy before a ReLU that gave y, if there was one."""
+    """The gradient dy before the ReLU that gave y; where there is no y, dy is that already."""
     gradient = matrix(dy, at, there)
     return gradient if y is None else tl.where(matrix(y, at, there) > 0, gradient, 0)
 
@@ -152,17 +149,7 @@ def _settle(x, partial, saved, running_mean, running_var, count, C, programs, ro
 
 @triton.jit
 def _normalize(
-    x,
-    skip,
-    saved,
-    weight,
-    bias,
-    y,
-    rows,
-    RELU: constexpr,
-    C: constexpr,
-    ROWS: constexpr,
-    BLOCK: constexpr,
+    x, skip, saved, weight, bias, y, rows, C: constexpr, ROWS: constexpr, BLOCK: constexpr
 ):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.arange(0, BLOCK)
@@ -172,8 +159,7 @@ def _normalize(
     value = (matrix(x, at, there) - vector(saved, column, C)) * scale + vector(bias, column, C)
     if skip is not None:
         value += matrix(skip, at, there)
-    if RELU:
-        value = tl.where(value < 0, 0, value)  # keeps NaN, of which tl.maximum would make 0
+    value = tl.where(value < 0, 0, value)  # keeps NaN, of which tl.maximum would make 0
     tl.store(y + at, value, mask=there)
 
 

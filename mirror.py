@@ -55,12 +55,7 @@ def mirrored(convolution: nn.Conv2d) -> nn.Conv2d:
 
 class MirrorNorm(nn.BatchNorm2d):
     """BatchNorm of maps (N, 2 × num_features, H, W), whose halves share scale, shift and statistics
-    as if they were one map of twice the width; then `skip` is added, if given, and ReLU taken, if
-    there is one."""
-
-    def __init__(self, num_features: int, relu: bool = False) -> None:
-        super().__init__(num_features)
-        self.relu = relu
+    as if they were one map of twice the width; then `skip` is added, if given, and ReLU taken."""
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         if self.training:
@@ -69,8 +64,7 @@ class MirrorNorm(nn.BatchNorm2d):
         # Plainly, as other programs fold it into the convolution.
         halves = (self.running_mean, self.running_var, self.weight, self.bias)
         x = F.batch_norm(x, *(each.repeat(2) for each in halves), eps=self.eps)
-        x = x if skip is None else skip + x
-        return F.relu(x) if self.relu else x
+        return F.relu(x if skip is None else skip + x)
 
     def by_pytorch(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         """In training, on views: in the order of channels-last none of this copies a map."""
@@ -81,8 +75,7 @@ class MirrorNorm(nn.BatchNorm2d):
             return x.permute(0, 3, 1, 2)
 
         y = super().forward(widened(x))
-        y = y if skip is None else y + widened(skip)
-        y = F.relu(y) if self.relu else y
+        y = F.relu(y if skip is None else y + widened(skip))
         return y.permute(0, 2, 3, 1).reshape(n, height, width, channels).permute(0, 3, 1, 2)
 
 

@@ -21,25 +21,23 @@ def build(name: str, num_classes: int, dropout: float = 0.0) -> nn.Module:
     raise UserError(f"--net {name}: unknown; there is {', '.join(NETS)}")
 
 
-def conv(
-    inputs: int, outputs: int, kernel: int = 3, relu: bool = True, **options: int
-) -> nn.Sequential:
-    """Convolution without bias, padded by as much on each side to keep the map's size but for the
-    stride, BatchNorm and ReLU. A stride of 2 wants an even kernel: an odd one's centres, on every
-    other pixel, are not their own mirror image."""
+def conv(inputs: int, outputs: int, kernel: int = 3, **options: int) -> nn.Conv2d:
+    """A convolution without bias, padded by as much on each side to keep the map's size but for the
+    stride. A stride of 2 wants an even kernel: an odd one's centres, on every other pixel, are not
+    their own mirror image."""
     padding = (options.get("dilation", 1) * (kernel - 1) + 2 - options.get("stride", 1)) // 2
-    return nn.Sequential(
-        mirrored(nn.Conv2d(inputs, outputs, kernel, padding=padding, bias=False, **options)),
-        MirrorNorm(outputs // 2, relu),
-    )
+    return mirrored(nn.Conv2d(inputs, outputs, kernel, padding=padding, bias=False, **options))
+
+
+def dense(inputs: int, outputs: int, kernel: int = 3, **options: int) -> nn.Sequential:
+    """A convolution, BatchNorm and ReLU."""
+    return nn.Sequential(conv(inputs, outputs, kernel, **options), MirrorNorm(outputs // 2))
 
 
 def separable(inputs: int, outputs: int, kernel: int = 3, **options: int) -> nn.Sequential:
-    """A depthwise convolution, then a 1×1 that mixes channels, BatchNorm behind each, and ReLU."""
-    return nn.Sequential(
-        *conv(inputs, inputs, kernel, relu=False, groups=inputs, **options),
-        *conv(inputs, outputs, 1),
-    )
+    """A depthwise convolution, then a 1×1 that mixes channels, BatchNorm and ReLU."""
+    depthwise = conv(inputs, inputs, kernel, groups=inputs, **options)
+    return nn.Sequential(depthwise, *dense(inputs, outputs, 1))
 
 
 class Residual(nn.Module):
@@ -65,9 +63,9 @@ def atrous(num_classes: int, dropout: float = 0.0) -> nn.Sequential:
     three quarters of the map are computed for nothing.
     """
     return nn.Sequential(
-        conv(3, 32),  # 32×32
-        Residual(*conv(32, 32), *conv(32, 32)),
-        conv(32, 96, 2, stride=2),  # 16×16
+        dense(3, 32),  # 32×32
+        Residual(*dense(32, 32), *dense(32, 32)),
+        dense(32, 96, 2, stride=2),  # 16×16
         Residual(*separable(96, 96), *separable(96, 96)),
         Residual(*separable(96, 96), *separable(96, 96, dilation=2)),
         separable(96, 208, 4, stride=2),  # 8×8

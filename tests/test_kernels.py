@@ -61,13 +61,12 @@ def test_depthwise(channels, kernel, size, options):
 
 
 @loops
-@pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("skips", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_norm(relu, skips, layout):
+def test_norm(skips, layout):
     x = (3 + 2 * maps(3, 40, 5, 5, layout=layout)).detach().requires_grad_()
     skip = maps(3, 40, 5, 5, layout=layout) if skips else None
-    layer = mirror.MirrorNorm(20, relu).to(DEVICE)
+    layer = mirror.MirrorNorm(20).to(DEVICE)
     nn.init.uniform_(layer.weight), nn.init.normal_(layer.bias)
     plain = copy.deepcopy(layer)
     plain.weight, plain.bias = layer.weight, layer.bias
@@ -88,7 +87,7 @@ def test_programs_share_rows_that_they_cannot_take_at_once():
 
 @loops
 def test_what_is_no_number_stays_none():
-    x, layer = maps(2, 6, 4, 4).detach(), mirror.MirrorNorm(3, relu=True).to(DEVICE)
+    x, layer = maps(2, 6, 4, 4).detach(), mirror.MirrorNorm(3).to(DEVICE)
     x[0, 0] = torch.nan
     found, expected = kernels.norm(layer, x, None), layer.by_pytorch(x)
     assert torch.equal(found.isnan(), expected.isnan())
@@ -127,8 +126,8 @@ def test_slow_convolutions_alone_are_taken_over():
 def test_a_net_learns_the_same(monkeypatch):
     images, labels = torch.randn(4, 3, 8, 8, device=DEVICE), torch.arange(4, device=DEVICE)
     plain = nn.Sequential(
-        model.conv(3, 8),
-        model.Residual(*model.conv(8, 8), *model.conv(8, 8)),
+        model.dense(3, 8),
+        model.Residual(*model.dense(8, 8), *model.dense(8, 8)),
         model.separable(8, 12, 4, stride=2),
         model.Residual(*model.separable(12, 12), *model.separable(12, 12, dilation=2)),
         mirror.MirrorPool(),
