@@ -27,7 +27,7 @@ def save(path: Path, content: dict[str, Any]) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What `save` wrote, on the CPU. Raises UserError where the file is not such a one."""
+    """What `save` wrote, on the CPU. Raises UserError where the file is none."""
     try:
         check_sums(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -50,13 +50,13 @@ def load(path: Path) -> dict[str, Any]:
 def load_net(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The trained net of a `model.pt`, in evaluation mode, and the file's content.
 
-    Raises UserError where the file is not such a one.
+    Raises UserError where the file is none.
     """
     content = load(path)
     try:
-        net = build(content["net"], content["num_classes"])
+        net = build(content["net"], len(content["classes"]))
         net.load_state_dict(content["state_dict"])
-        if missing := {"classes", "mean", "std"} - content.keys():
+        if missing := {"mean", "std"} - content.keys():
             raise KeyError(", ".join(sorted(missing)))
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(
@@ -84,7 +84,7 @@ def load_data(run: Path, device: torch.device) -> data.Dataset:
     config = load_config(run)
     moved = f"if its images moved: python train.py --resume {shlex.quote(str(run))} --data …"
     try:
-        name, flags = config["data"], config["flags"]
+        name, images, flags = config["data"], config["images"], config["flags"]
         source, folder = flags["data"], Path(flags["data_dir"])
         dataset = data.load(source, folder, device, flags["train_images"], flags["holdout"])
     except (KeyError, TypeError) as error:
@@ -93,7 +93,7 @@ def load_data(run: Path, device: torch.device) -> data.Dataset:
         raise UserError(f"{error}; {moved}") from error
     if dataset.name != name:
         raise UserError(f"{run}: its --data {source} is {dataset.name} here, not {name}; {moved}")
-    if config.get("images", dataset.checksum) != dataset.checksum:
+    if images != dataset.checksum:
         raise UserError(f"{run}: {name} has other images or classes by now; {moved}")
     return dataset
 

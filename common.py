@@ -66,7 +66,7 @@ def exit_status(job: Callable[[], None]) -> int:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        print("error: the device is out of memory: try a smaller --batch-size", file=sys.stderr)
+        print("error: out of memory: free some, or take another device", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
         print(f"interrupted: {interrupt}".rstrip(": "), file=sys.stderr)
@@ -94,7 +94,7 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def noting_sigterm() -> Iterator[threading.Event]:
-    """For the while, SIGTERM only sets the event; a second one ends the process as ever."""
+    """While it lasts, SIGTERM only sets the event; a second one kills the process at once."""
     asked = threading.Event()
 
     def note(*_: object) -> None:

@@ -1,4 +1,4 @@
-"""The epochs of a run: batches, steps, figures, a checkpoint behind each."""
+"""The epochs of a run: batches, steps, figures, a checkpoint after each."""
 
 import math
 import statistics
@@ -144,7 +144,7 @@ def run_epochs(training: Training, dataset: data.Dataset, args: Namespace, folde
 
 
 def keep(training: Training, args: Namespace, folder: Path) -> None:
-    """The checkpoint behind an epoch, its metrics and its line."""
+    """The checkpoint after an epoch, its metrics and its line."""
     checkpoint.save(folder / "last.pt", training.state() | {"run": identity(args)})
     report.write_history(folder, training.history)
     with tqdm.external_write_mode():
@@ -152,6 +152,6 @@ def keep(training: Training, args: Namespace, folder: Path) -> None:
 
 
 def sam_radius(args: Namespace, epoch: int) -> float:
-    """That of sharpness-aware steps: late in a run they do what they do throughout (Zhou et al.
-    2024, arxiv.org/abs/2410.10373), at a quarter of the cost."""
+    """That of sharpness-aware steps: in a run's last quarter alone they help as much as throughout
+    (Zhou et al. 2024, arxiv.org/abs/2410.10373), at a quarter of the cost."""
     return args.sam if epoch > args.epochs - args.epochs // 4 else 0.0

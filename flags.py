@@ -62,7 +62,7 @@ def make_parser() -> Parser:
     flag("--schedule", choices=schedules, default="onecycle", help="of the learning rate")
     flag("--momentum", type=number(float, 0, 0.999), default=0.9, help="Nesterov's")
     flag("--weight-decay", type=number(float, 0), default=5e-4, help="Muon's: × 200")
-    flag("--label-smoothing", type=share, default=0.0, help="share of every class alike")
+    flag("--label-smoothing", type=share, default=0.0, help="share spread over all classes")
     flag("--sam", type=number(float, 0), default=0.1, help="radius in the last quarter of epochs")
     flag("--target", type=share, help="report when test accuracy reached this fraction")
 
@@ -75,7 +75,7 @@ def make_parser() -> Parser:
     flag("--shift", type=share, default=policy.shift, help="limit, fraction of the width")
     flag("--scale", type=number(float, 0, 0.9), default=policy.scale, help="limit, x and y apart")
     flag("--rotate", type=number(float, 0, 180), default=policy.rotate, help="limit, degrees")
-    flag("--affine-p", type=share, default=policy.affine_p, help="share moved so")
+    flag("--affine-p", type=share, default=policy.affine_p, help="share shifted, scaled, rotated")
     flag("--border", choices=BORDERS, default=policy.border, help="what lies outside an image")
     flag("--cutout", type=number(int, 0, SIZE), default=policy.cutout, help="largest side, pixels")
     flag("--cutout-min", type=number(int, 1), help="smallest side; None: the largest")
@@ -83,14 +83,14 @@ def make_parser() -> Parser:
     level = number(float, 0, 255)
     flag("--fill", type=level, help="level of hole and constant border; None: the images' mean")
     flag("--rgb-shift", type=level, nargs=3, default=list(policy.rgb_shift), help="limits, levels")
-    flag("--rgb-shift-p", type=share, default=policy.rgb_shift_p, help="share shifted so")
+    flag("--rgb-shift-p", type=share, default=policy.rgb_shift_p, help="share with shifted colours")
     flag("--brightness", type=share, default=policy.brightness, help="limit, fraction of 255")
     flag("--contrast", type=share, default=policy.contrast, help="limit of the factor's change")
     flag(
         "--brightness-contrast-p",
         type=share,
         default=policy.brightness_contrast_p,
-        help="share changed so",
+        help="share with both changed",
     )
 
     flag = parser.add_argument_group("run").add_argument

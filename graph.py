@@ -30,7 +30,7 @@ POINTWISE_NAMES = {
     *("add", "sub", "mul", "div", "truediv"),
     *("contiguous", "clone", "detach", "float", "half", "bfloat16", "to", "type"),
 }
-UNTRUE = "its graph computes something else, as where `x += …` changes what has another name too"
+UNTRUE = "its graph computes something else, as where `x += …` changes a tensor with a second name"
 REDUCTIONS = {"mean", "sum", "amax", "amin"}
 ON_CHANNELS = {"cat": 1, "chunk": 2, "split": 2}  # where their argument `dim` stands
 POOLING_ARGUMENTS = ("input", "kernel_size", "stride", "padding", "dilation")

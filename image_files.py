@@ -231,7 +231,7 @@ def _archive_members(path: Path) -> Iterator[tuple[str, bytes]]:
                 yield last, blob
             while rest := archive.fileobj.read(1 << 20):  # to where gzip and xz keep their sums
                 if rest.strip(b"\0"):
-                    raise tarfile.ReadError("there is more behind its end")
+                    raise tarfile.ReadError("there is more after its end")
                 if archive.fileobj.tell() > MAX_ARCHIVE_BYTES:
                     raise UserError(f"--data {path}: unpacks to over {MAX_ARCHIVE_BYTES >> 30} GiB")
     except UserError:

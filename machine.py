@@ -42,13 +42,6 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name, number)
 
 
-def make_deterministic(wanted: bool) -> None:
-    """Have the same seed give the same bits on a GPU, as it does on a CPU anyway."""
-    if wanted:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # or cuBLAS refuses
-    torch.use_deterministic_algorithms(wanted)
-
-
 def keep_freed_memory() -> None:
     """Have glibc keep what tensors free for the next ones. Left alone it returns large blocks to
     the kernel, which maps and clears their pages anew in every step."""
@@ -60,7 +53,7 @@ def keep_freed_memory() -> None:
 
 def choose_precision(name: str, device: torch.device) -> str:
     """bf16 on a GPU that has it, else fp16; bf16 on a CPU that is fast in it, where onednn.py keeps
-    from it the layers that are not. Elsewhere fp32: steps in bf16 took an Intel Xeon with
+    slow layers in fp32. Elsewhere fp32: steps in bf16 took an Intel Xeon with
     AVX512-BF16 but without AMX 1.2 to 1.4 times as long, all six nets, and a CPU without either
     eight times (AVX2)."""
     if name != "auto":

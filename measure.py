@@ -41,7 +41,7 @@ def rates(
     ways: dict[str, Way], device: torch.device, warm_up: int, count: int, rounds: int = 5
 ) -> dict[str, float]:
     """Batches a second of each way: the median of `rounds` times `count` batches, or of those that
-    begin within two seconds, each behind `warm_up` more. The ways take turns: a machine's changes
+    begin within two seconds, each after `warm_up` more. The ways take turns: a machine's changes
     of speed meet them alike."""
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
@@ -81,8 +81,8 @@ def phase_seconds(phases: Phases, device: torch.device, rounds: int) -> dict[str
 
 
 def kernels(job: Job, device: torch.device, rounds: int) -> list[dict[str, Any]]:
-    """What `job` has a GPU run, or PyTorch on a CPU: name, count and seconds, each in one job of
-    `rounds`; what takes longest first."""
+    """What `job` has a GPU run, or PyTorch on a CPU: name, count and seconds a job, means of
+    `rounds`, the longest first."""
     on_gpu = device.type == "cuda"
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
     job()
@@ -126,7 +126,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 def floor_seconds(
     layers: list[graph.Layer], batch: int, dtype: torch.dtype, ceilings: Ceilings
 ) -> float:
-    """Under which no step gets that computes layer by layer, in maps too large for a cache (the
+    """Which no step can beat that computes layer by layer, on maps too large for a cache (the
     roofline model, Williams et al. 2009): for each convolution the larger of its traffic – input,
     output and weights once forward, twice backward – and its multiply-adds, norms and activations
     free; the augmentation's uint8 read and output written; 5 × 4 bytes a parameter for the

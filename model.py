@@ -3,7 +3,6 @@
 from torch import Tensor, nn
 
 import zoo
-from common import UserError
 from mirror import MirrorNorm, MirrorPool, mirrored
 
 NETS = ("atrous", *zoo.TABLES)
@@ -12,13 +11,11 @@ NETS = ("atrous", *zoo.TABLES)
 def build(name: str, num_classes: int, dropout: float = 0.0) -> nn.Module:
     """The net `name`, giving logits (N, num_classes) for images (N, 3, 32, 32).
 
-    Raises UserError for an unknown name.
+    Raises KeyError for a name that is not one of NETS.
     """
     if name == "atrous":
         return atrous(num_classes, dropout)
-    if name in zoo.TABLES:
-        return zoo.build(name, num_classes, dropout)
-    raise UserError(f"--net {name}: unknown; there is {', '.join(NETS)}")
+    return zoo.build(name, num_classes, dropout)
 
 
 def conv(inputs: int, outputs: int, kernel: int = 3, **options: int) -> nn.Conv2d:
@@ -58,7 +55,7 @@ class Residual(nn.Module):
 
 def atrous(num_classes: int, dropout: float = 0.0) -> nn.Sequential:
     """Residual blocks (He et al. 2016): a dense 3×3 one where the map is large and channels are
-    few, separable ones behind. Mirrored images have the same logits (mirror.py). No stride is
+    few, then separable ones. Mirrored images have the same logits (mirror.py). No stride is
     dilated: with stride 2 and dilation 2 every tap falls on rows and columns of one parity, and
     three quarters of the map are computed for nothing.
     """

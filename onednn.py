@@ -28,8 +28,8 @@ def convolve(layer: nn.Conv2d, own: Convolution, x: Tensor) -> Tensor:
 
 
 def is_product(layer: nn.Conv2d) -> bool:
-    """1×1 with many weights, on a CPU with AVX2 at best: from 208 × 208 on two threads take longer
-    there for their gradient than one. The convolution takes 60 ms, for 40 as a matrix product."""
+    """1×1 with many weights, on a CPU with AVX2 at best: for the gradient of 208 × 208 or more two
+    threads take longer there than one. The convolution takes 60 ms, for 40 as a matrix product."""
     one = layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0)
     many = layer.groups == 1 and layer.in_channels * layer.out_channels > 200 * 200
     return one and many and torch.backends.cpu.get_cpu_capability() == "AVX2"
@@ -90,9 +90,9 @@ def precisely(
     stride or kernels larger than 3×3: part of their backward takes many times as long (on one core
     of an AMD EPYC with AVX512-BF16 3×3, stride 2, 64 channels at 16×16: 106 ms against 3.3 for the
     gradient of the input; 5×5, 208 channels at 8×8: 88 against 30 for that of the weight), while
-    others take half of it. Dilated ones of stride 1 whose last block of 16 channels is not full: on
-    maps 32 wide the gradient of their weight is NaN or merely wrong in that block (torch 2.14 with
-    oneDNN 3.12, AVX512-BF16 without AMX)."""
+    others take half of it. Dilated ones of stride 1, dense or not, whose last block of 16 channels
+    is not full: on maps 32 wide the gradient of their weight is NaN or merely wrong in that block
+    (torch 2.14 with oneDNN 3.12, AVX512-BF16 without AMX)."""
     depthwise = layer.groups == layer.in_channels > 1
     slow = depthwise and (stride != (1, 1) or max(layer.kernel_size) > 3)
     wrong = dilation != (1, 1) and stride == (1, 1) and layer.in_channels % 16

@@ -67,7 +67,7 @@ def make_training(net: nn.Module, args: Namespace, device: torch.device, steps: 
 
 
 def parameter_groups(net: nn.Module, args: Namespace) -> list[dict[str, Any]]:
-    """Weights, what has one dimension and never decays, and, if Muon is to follow them, the kernels
+    """Weights; what has one dimension, which never decays; and, if Muon trains them, the kernels
     that mix channels."""
     dense = [m for m in net.modules() if isinstance(m, nn.Conv2d) and m.groups == 1]
     mixing = [p for convolution in dense for p in convolution.parameters() if p.ndim >= 2]

@@ -28,7 +28,7 @@ def count() -> int:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
-    """Be one of torchrun's processes for the while, where it started this one."""
+    """Be one of torchrun's processes meanwhile, where it started this one."""
     if not dist.is_torchelastic_launched():
         yield
         return
@@ -62,7 +62,7 @@ def by_main(job: Callable[[], object], device: torch.device) -> None:
 
 
 def average_gradients(net: nn.Module) -> None:
-    """Over the processes, in one piece. DistributedDataParallel orders its pieces anew behind its
+    """Over the processes, in one piece. DistributedDataParallel orders its pieces anew after its
     first step: three processes or more, if resumed, would add up in another order."""
     if count() > 1:
         gradients = [p.grad for p in net.parameters()]

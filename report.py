@@ -51,7 +51,6 @@ def write_outcome(
         np.save(file, logits.cpu().numpy())
     content = {
         "net": args.net,
-        "num_classes": len(dataset.classes),
         "classes": dataset.classes,
         "mean": dataset.mean.tolist(),
         "std": dataset.std.tolist(),
@@ -141,8 +140,8 @@ def write_card(folder: Path, summary: dict[str, Any], flags: dict[str, Any]) -> 
     given = ", ".join(f"`{key} {value}`" for key, value in flags.items() if value is not None)
     text = f"""# {summary["net"]} on {summary["data"]}
 
-A convolutional net for 32×32 colour images, trained and tested on `{summary["data"]}`; on other
-images, sizes and cameras it was not.
+A convolutional net for 32×32 colour images, trained and tested on `{summary["data"]}`, and on no
+other images, sizes or cameras.
 
 | | |
 |---|---|

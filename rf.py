@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+import model
 from common import SIZE, Parser, exit_status
 from graph import trace
 
@@ -44,8 +45,6 @@ def effective_receptive_field(features: nn.Module, inputs: Tensor) -> Tensor:
 
 
 def show_layers(name: str, as_json: bool) -> None:
-    import model
-
     net = model.build(name, 10)
     traced = trace(net)
     parameters = sum(p.numel() for p in net.parameters())
@@ -124,7 +123,7 @@ def main(argv: list[str]) -> int:
 
     def job() -> None:
         parser = Parser(prog="rf.py", description="Receptive field of a net, layer by layer.")
-        parser.add_argument("--net", default="atrous", help="a net of model.py or zoo.py")
+        parser.add_argument("--net", choices=model.NETS, default="atrous")
         either = parser.add_mutually_exclusive_group()
         either.add_argument("--json", action="store_true", help="the same as JSON, nothing else")
         either.add_argument("--effective", metavar="RUN", type=Path, help="measure a trained net's")

@@ -57,9 +57,9 @@ def train_step(
     """One optimiser step; float32 (3,), left on the device: the batch's mean loss, its count of
     right answers, and 1 where the loss scaler skipped the step because a gradient overflowed.
 
-    With a `radius` the gradient is that of the weights so far uphill: sharpness-aware minimisation
-    (Foret et al. 2021, arxiv.org/abs/2010.01412). Which way is up, the loss and the share of right
-    answers are then of the first quarter of the batch.
+    With a `radius` the gradient is taken where the weights have moved so far uphill:
+    sharpness-aware minimisation (Foret et al. 2021, arxiv.org/abs/2010.01412). Which way is up, the
+    loss and the share of right answers are then of the first quarter of the batch.
     """
 
     def compute_gradients(count: int) -> tuple[Tensor, Tensor]:
@@ -89,8 +89,8 @@ def train_step(
 
 @contextmanager
 def uphill(net: nn.Module, radius: float) -> Iterator[None]:
-    """Moves the weights by `radius`, a Euclidean norm over them all, along their gradient, and
-    BatchNorm keeps no statistics of what it sees there. Puts the weights back, bit for bit."""
+    """While it lasts, the weights are moved along their gradient by `radius`, in Euclidean norm
+    over them all, and BatchNorm keeps no statistics. They are put back, bit for bit."""
     weights = [p for p in net.parameters() if p.grad is not None]
     gradients = [p.grad for p in weights]
     before = [p.detach().clone() for p in weights]
@@ -114,7 +114,7 @@ def make_step(training: Training, dataset: Dataset, args: Namespace, radius: flo
     """The step of a batch: inputs float32 (B, 3, H, W), as they are prepared, labels int64 (B,).
 
     On one GPU it is a CUDA graph: the launches of so small a net take longer than its arithmetic.
-    Eager remain fp16, whose loss scaler decides on the host, and several processes.
+    fp16, whose loss scaler decides on the host, and several processes stay eager.
     """
     net = torch.compile(training.net) if args.compile else training.net
     learner = net, training.optimizer, training.scaler

@@ -39,7 +39,6 @@ from machine import (
     choose_precision,
     device_name,
     keep_freed_memory,
-    make_deterministic,
     versions,
 )
 from optimise import Training, make_training
@@ -186,10 +185,9 @@ def refuse_existing(folder: Path, device: torch.device) -> None:
 
 
 def refuse_other_images(config: dict[str, Any], dataset: data.Dataset, args: Namespace) -> None:
-    images = config.get("images", dataset.checksum)  # which older runs did not note
-    if images != dataset.checksum:
+    if config.get("images") != dataset.checksum:
         raise UserError(
-            f"--resume {args.resume}: that run trains on {images}, "
+            f"--resume {args.resume}: that run trains on {config.get('images')}, "
             f"not {dataset.name}'s {dataset.checksum}"
         )
 
@@ -207,7 +205,7 @@ def write_config(folder: Path, config: dict[str, Any], device: torch.device) -> 
 def resume(training: Training, folder: Path, dataset: data.Dataset, args: Namespace) -> None:
     """Have `training` where the run in `folder` stopped; the run notes where its images lie now."""
     state, ours = checkpoint.load(folder / "last.pt"), identity(args)
-    if state.get("run", ours) != ours:  # which older runs did not note
+    if state.get("run") != ours:
         raise UserError(f"--resume {folder}: last.pt and config.json are of different runs")
     try:
         training.load_state(state)
@@ -241,7 +239,7 @@ def run_all(args: Namespace, argv: list[str]) -> None:
 def run_seeds(args: Namespace, argv: list[str], device: torch.device) -> None:
     if args.out and not args.resume:
         refuse_existing(Path(args.out), device)
-    make_deterministic(args.deterministic)
+    torch.use_deterministic_algorithms(args.deterministic)
     keep_freed_memory()
     start = time.perf_counter()
     with ranks.main_first():
@@ -265,7 +263,7 @@ def run_seeds(args: Namespace, argv: list[str], device: torch.device) -> None:
 
 def repeat(args: Namespace, command: str, dataset: data.Dataset) -> None:
     """A run for each seed, in folders of their own, and their mean. With --resume, those that are
-    there already are gone on with."""
+    there already are resumed."""
     base, device = Path(args.resume or run_folder(args, dataset.name)), dataset.train_images.device
     folders = {seed: base / f"s{seed}" for seed in range(args.seed, args.seed + args.repeat)}
     if not args.resume:

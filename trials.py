@@ -52,7 +52,7 @@ def lengths(args: Namespace) -> dict[str, list[str]]:
 def train_all(variants: dict[str, list[str]], args: Namespace) -> list[dict[str, Any]]:
     """Train each variant with `--repeat` seeds; a row of each.
 
-    The runs lie in DIR/<variant>/s<seed>; one that is there already is gone on with, not repeated.
+    The runs lie in DIR/<variant>/s<seed>; one that is there already is resumed, not repeated.
     """
     rows = []
     for name, given in variants.items():

@@ -16,7 +16,6 @@ import model
 import step
 from augment import Policy
 from common import SIZE
-from machine import make_deterministic
 from measure import Phases, Way
 from optimise import Training, make_training
 
@@ -32,11 +31,11 @@ def settings(net: str, batch_size: int, precision: str, *argv: str) -> Namespace
 def training(dataset: data.Dataset, args: Namespace, radius: float = 0.0) -> Way:
     """train.py's own steps; sharpness-aware ones with a radius."""
     learner = _learner(dataset, args)
-    make_deterministic(args.deterministic)
+    torch.use_deterministic_algorithms(args.deterministic)
     take_step = step.make_step(learner, dataset, args, radius)
 
     def way() -> Iterator[Tensor]:
-        make_deterministic(args.deterministic)
+        torch.use_deterministic_algorithms(args.deterministic)
         learner.net.train()
         while True:
             for inputs, labels in epochs.training_batches(dataset, args):

@@ -19,7 +19,6 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 cache = tempfile.TemporaryDirectory()  # for fixtures and processes that outlive a test
 os.environ["XDG_CACHE_HOME"] = cache.name
 os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read once a process
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on a CPU, slowly; read as they are imported
 

@@ -129,9 +129,7 @@ def test_out_of_memory_is_one_line(tmp_path, monkeypatch, capsys, error):
     )
     monkeypatch.setattr(data, "load", exhausted)
     assert train.main([*SMALL, "--out", str(tmp_path / "other")]) == 2
-    assert capsys.readouterr().err == (
-        "error: the device is out of memory: try a smaller --batch-size\n"
-    )
+    assert capsys.readouterr().err == "error: out of memory: free some, or take another device\n"
 
 
 def test_a_missing_compiler_is_one_line(tmp_path, monkeypatch, capsys):

@@ -7,13 +7,14 @@ import pytest
 import torch
 
 import checkpoint
+import data
 from common import UserError, written_whole
 from model import build
 
 
 def model_file(path, **changes):
     net = build("atrous", 4)
-    content = {"net": "atrous", "num_classes": 4, "state_dict": net.state_dict()}
+    content = {"net": "atrous", "state_dict": net.state_dict()}
     content |= {"classes": list("abcd"), "mean": [0.0] * 3, "std": [1.0] * 3} | changes
     checkpoint.save(path, {key: value for key, value in content.items() if value is not None})
     return net.eval()
@@ -56,9 +57,14 @@ def test_the_previous_file_stays_until_the_new_one_takes_its_name(tmp_path, monk
 def test_a_data_set_that_is_another_by_now(tmp_path):
     flags = {"data": "synthetic", "data_dir": "data", "train_images": 50, "holdout": 20}
     config = tmp_path / "config.json"
-    config.write_text(json.dumps({"data": "synthetic", "flags": flags}))
+    images = "70 images (CRC 00000000)"
+    config.write_text(json.dumps({"data": "synthetic", "images": images, "flags": flags}))
+    with pytest.raises(UserError, match="synthetic has other images or classes by now"):
+        checkpoint.load_data(tmp_path, torch.device("cpu"))
+    images = data.load("synthetic", None, torch.device("cpu"), 50, 20).checksum
+    config.write_text(json.dumps({"data": "synthetic", "images": images, "flags": flags}))
     assert len(checkpoint.load_data(tmp_path, torch.device("cpu")).test_labels) == 20
-    config.write_text(json.dumps({"data": "cifar10", "flags": flags}))
+    config.write_text(json.dumps({"data": "cifar10", "images": images, "flags": flags}))
     with pytest.raises(UserError, match="its --data synthetic is synthetic here, not cifar10"):
         checkpoint.load_data(tmp_path, torch.device("cpu"))
 
@@ -82,7 +88,7 @@ BAD = {
     "not ours": lambda path: torch.save({"weights": torch.zeros(3)}, path),
     "no dict": lambda path: torch.save(torch.zeros(3), path),
     "another net": lambda path: model_file(path, net="resnet"),
-    "other classes": lambda path: model_file(path, num_classes=5),
+    "other classes": lambda path: model_file(path, classes=list("abcde")),
     "no weights": lambda path: model_file(path, state_dict=None),
     "no class names": lambda path: model_file(path, classes=None),
     "no mean": lambda path: model_file(path, mean=None),
@@ -93,7 +99,7 @@ BAD = {
 def test_bad_files_are_one_line(tmp_path, spoil):
     path = tmp_path / "model.pt"
     spoil(path)
-    with pytest.raises(UserError) as error:
+    with pytest.raises(UserError, match=r"model\.pt") as error:
         checkpoint.load_net(path)
     assert "\n" not in str(error.value)
 

@@ -56,7 +56,7 @@ def test_sigterm_is_no_error_that_one_could_pass_over(capsys):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_second_sigterm_ends_as_ever():
+def test_a_second_sigterm_kills_the_process():
     with common.noting_sigterm() as asked:
         signal.raise_signal(signal.SIGTERM)
         assert asked.is_set()

@@ -25,11 +25,13 @@ def make_run(folder, name):
     for norm in (module for module in net.modules() if isinstance(module, nn.BatchNorm2d)):
         nn.init.uniform_(norm.weight, 0.5, 1.5)  # a residual branch's last is 0 before training
     net(data.normalize(dataset.train_images, dataset.mean, dataset.std))
-    content = {"net": name, "num_classes": 10, "classes": dataset.classes}
+    content = {"net": name, "classes": dataset.classes}
     content |= {"mean": dataset.mean.tolist(), "std": dataset.std.tolist()}
     checkpoint.save(folder / "model.pt", content | {"state_dict": net.state_dict()})
     flags = {"data": "synthetic", "data_dir": "data", "train_images": 200, "holdout": 200}
-    (folder / "config.json").write_text(json.dumps({"data": "synthetic", "flags": flags}))
+    (folder / "config.json").write_text(
+        json.dumps({"data": "synthetic", "images": dataset.checksum, "flags": flags})
+    )
     return folder
 
 

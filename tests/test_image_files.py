@@ -211,7 +211,7 @@ HEADERS = {
     "further back": (header(size=b"-0000003000\0"), "claims -1,536 bytes"),
     "sparse": (header(tarfile.GNUTYPE_SPARSE), "a sparse file"),
     "sparse by pax": (header(**SPARSE, **{"GNU.sparse.name": "x"}), "a sparse file"),
-    "the end, with more behind it": (bytes(1024), "there is more behind its end"),
+    "the end, with more behind it": (bytes(1024), "there is more after its end"),
 }
 
 

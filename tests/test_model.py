@@ -5,10 +5,9 @@ import torch
 from torch import nn
 
 import rf
-from common import UserError
 from graph import trace
 from mirror import MirrorPool
-from model import NETS, Residual, build
+from model import Residual, build
 
 
 @pytest.fixture(scope="module")
@@ -54,12 +53,6 @@ def test_every_weight_gets_a_gradient_after_one_step():
 
 def test_dropout_is_as_asked():
     assert {m.p for m in build("atrous", 10, 0.3).modules() if isinstance(m, nn.Dropout)} == {0.3}
-
-
-def test_an_unknown_net_names_those_there_are():
-    with pytest.raises(UserError, match="atrous"):
-        build("resnet", 10)
-    assert "atrous" in NETS
 
 
 def test_blocks_start_as_the_identity():

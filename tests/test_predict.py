@@ -23,7 +23,7 @@ def run(tmp_path_factory):
     """A run whose net tells the strongest colour: its logits are the channels' means."""
     folder = tmp_path_factory.mktemp("run")
     net = build("net136k", 3)
-    content = {"net": "net136k", "num_classes": 3, "classes": CLASSES}
+    content = {"net": "net136k", "classes": CLASSES}
     content |= {"mean": [127.5] * 3, "std": [64.0] * 3, "state_dict": net.state_dict()}
     checkpoint.save(folder / "model.pt", content)
     return folder

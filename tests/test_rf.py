@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import checkpoint
+import data
 import rf
 from model import build
 
@@ -56,10 +57,11 @@ def test_effective_field_is_the_mean_over_images():
 def run(tmp_path):
     """A run's folder with an untrained net in it."""
     net = build("net136k", 10)
-    content = {"net": "net136k", "num_classes": 10, "state_dict": net.state_dict()}
+    content = {"net": "net136k", "state_dict": net.state_dict()}
     content |= {"classes": list("abcdefghij"), "mean": [0.0] * 3, "std": [1.0] * 3}
     checkpoint.save(tmp_path / "model.pt", content)
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG))
+    images = data.load("synthetic", None, torch.device("cpu"), 100, 10).checksum
+    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"images": images}))
     return tmp_path
 
 
@@ -105,7 +107,7 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
         (line,) = capsys.readouterr().err.splitlines()
         return line
 
-    assert "--net resnet" in error("--net", "resnet")
+    assert "--net: invalid choice: 'resnet' (choose from" in error("--net", "resnet")
     assert "--jason" in error("--jason")
     assert "model.pt is not there" in error("--effective", tmp_path / "nowhere")
     assert "not allowed with argument" in error("--effective", run, "--json")
