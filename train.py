@@ -34,13 +34,7 @@ import report
 import step
 from common import Terminated, UserError, exit_status, first_line, going_on, is_out_of_memory
 from flags import describe_recipe, identity, parse_flags
-from machine import (
-    choose_device,
-    choose_precision,
-    device_name,
-    keep_freed_memory,
-    versions,
-)
+from machine import choose_device, choose_precision, device_name, keep_freed_memory, versions
 from optimise import Training, make_training
 
 
