@@ -120,7 +120,7 @@ def apply(
     def cut(images: Tensor, hole: Tensor) -> Tensor:
         return torch.where(_inside(hole, size), fill, images)
 
-    images = _where(params.flip, lambda images, _: images.flip(3), images.clone(), params.flip)
+    images = _where(params.flip, lambda images: images.flip(3), images.clone())
     images = images.float()
     images = _where(params.affine, warp, images, inverse_matrix(params, size))
     return _where(params.hole[:, 2] > 0, cut, images, params.hole)
@@ -150,16 +150,15 @@ def sampling_grid(theta: Tensor, size: int) -> Tensor:
     return planes.permute(0, 2, 3, 1)
 
 
-def _where(
-    drawn: Tensor, change: Callable[[Tensor, Tensor], Tensor], images: Tensor, params: Tensor
-) -> Tensor:
-    """`images`, where `drawn`, bool (N,), changed by what `params` (N, …) has for each. A CPU
+def _where(drawn: Tensor, change: Callable[..., Tensor], images: Tensor, *params: Tensor) -> Tensor:
+    """`images`, where `drawn`, bool (N,), changed by what `params` (N, …) have for each. A CPU
     computes only those, in place; to ask a GPU which they are would be to wait for it, and it
     computes all."""
     if images.device.type != "cpu":
-        return torch.where(drawn.view(-1, 1, 1, 1), change(images, params), images)
+        return torch.where(drawn.view(-1, 1, 1, 1), change(images, *params), images)
     index = drawn.nonzero().squeeze(1)
-    return images.index_copy_(0, index, change(images.index_select(0, index), params[index]))
+    chosen = (each[index] for each in params)
+    return images.index_copy_(0, index, change(images.index_select(0, index), *chosen))
 
 
 def _inside(hole: Tensor, size: int) -> Tensor:

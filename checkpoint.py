@@ -60,7 +60,7 @@ def load_net(path: Path) -> tuple[nn.Module, dict[str, Any]]:
             raise KeyError(", ".join(sorted(missing)))
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(
-            f"{path} holds no net that fits this atrous: {first_line(error)}"
+            f"{path} holds no net of this atrous: {first_line(error)}; use the one that wrote it"
         ) from error
     return net.eval(), content
 

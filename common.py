@@ -89,7 +89,7 @@ def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
 
 def first_line(error: Exception) -> str:
     """What a library's error says, without the lines that only its developers read."""
-    return str(error).strip().partition("\n")[0]
+    return str(error).strip().partition("\n")[0].rstrip(":")
 
 
 @contextmanager

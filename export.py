@@ -24,7 +24,7 @@ from common import SIZE, Parser, UserError, exit_status, require, written_whole
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-CHECKED = 1000  # images or so that PyTorch and onnxruntime are compared on, and that calibrate int8
+CHECKED = 1000  # images that PyTorch and onnxruntime are compared on, and that calibrate int8
 TOLERANCE = 1e-4  # of a probability
 
 
@@ -165,6 +165,11 @@ def in_batches(classify: Callable[[np.ndarray], np.ndarray], images: np.ndarray)
     return np.concatenate([classify(images[i : i + 500]) for i in range(0, len(images), 500)])
 
 
+def of_every_class(images: np.ndarray) -> np.ndarray:
+    """CHECKED of them, always the same, or all if they are fewer, whatever order they come in."""
+    return np.random.default_rng(0).permutation(images)[:CHECKED]
+
+
 def export(run: Path, int8: bool) -> None:
     """Write RUN/model.onnx, and RUN/model.int8.onnx if asked for, each with its figures."""
     require("onnx", "onnxscript", "onnxruntime")
@@ -174,7 +179,7 @@ def export(run: Path, int8: bool) -> None:
     metadata = {key: content[key] for key in ("net", "classes")} | {"data": dataset.name}
     blob = to_onnx(classifier, {key: json.dumps(value) for key, value in metadata.items()})
     images, labels = dataset.test_images.numpy(), dataset.test_labels.numpy()
-    some = images[:: max(1, len(images) // CHECKED)]  # the test images are sorted by class
+    some = of_every_class(images)
     with torch.no_grad():
         expected = classifier(torch.from_numpy(some)).numpy()
     difference = np.abs(in_batches(session(blob), some) - expected).max()
@@ -183,8 +188,7 @@ def export(run: Path, int8: bool) -> None:
     print(f"{len(some):,} test images: at most {difference:.1e} from PyTorch's probabilities")
     models = {"model.onnx": blob}
     if int8:
-        step = max(1, len(dataset.train_images) // CHECKED)
-        models["model.int8.onnx"] = to_int8(blob, dataset.train_images[::step].numpy())
+        models["model.int8.onnx"] = to_int8(blob, of_every_class(dataset.train_images.numpy()))
     for name, model in models.items():
         right = in_batches(session(model), images).argmax(1) == labels
         with written_whole(run / name) as file:

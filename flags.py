@@ -130,8 +130,6 @@ def parse_flags(argv: list[str]) -> Namespace:
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         option = "--" + name.replace("_", "-")
-        if name not in flags:
-            raise UserError(f"{args.resume}/config.json has no {option}: a run of an older atrous")
         if name not in MAY_CHANGE and value != flags[name]:
             raise UserError(f"{option} {value}: the run in {args.resume} has {flags[name]}")
     return args
@@ -140,10 +138,13 @@ def parse_flags(argv: list[str]) -> Namespace:
 def flags_of_run(run: Path, parser: Parser) -> dict[str, Any]:
     """Those in its config. Raises UserError where one is none that `parser` takes."""
     flags = checkpoint.load_config(run)["flags"]
+    if other := flags.keys() ^ vars(parser.parse_args([])).keys():
+        names = ", ".join(sorted(other))
+        raise UserError(f"{run / 'config.json'} is of another atrous, for its {names}: use that")
     try:
         parsed = vars(parser.parse_args(spelled(flags)))
         for name, value in flags.items():
-            if parsed.get(name) != value:
+            if parsed[name] != value:
                 raise UserError(f"{name} cannot be {value}")
     except UserError as error:
         raise UserError(f"{run / 'config.json'} is damaged: {error}") from error

@@ -239,5 +239,5 @@ def _archive_members(path: Path) -> Iterator[tuple[str, bytes]]:
     except Exception as error:  # tarfile, gzip, zlib and lzma each have errors of their own
         raise UserError(
             f"--data {path} is no whole .tar, .tar.gz or .tar.xz archive "
-            f"(last read: {last}): {first_line(error).rstrip(':')}"
+            f"(last read: {last}): {first_line(error)}"
         ) from error

@@ -80,8 +80,7 @@ class MirrorNorm(nn.BatchNorm2d):
 
 
 class MirrorPool(nn.Module):
-    """The mean (N, C) over maps (N, 2C, H, W) and their halves. AdaptiveAvgPool2d's backward is not
-    deterministic on a GPU; this one's is."""
+    """The mean (N, C) over maps (N, 2C, H, W) and their halves."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mean((2, 3)).unflatten(1, (2, -1)).mean(1)

@@ -33,8 +33,7 @@ class Training:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        for name in self.state():
-            value = getattr(self, name)
+        for name, value in vars(self).items():
             if hasattr(value, "load_state_dict"):
                 value.load_state_dict(state[name])
             else:
@@ -151,8 +150,8 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 def make_scheduler(optimizer: torch.optim.Optimizer, args: Namespace, steps: int) -> LRScheduler:
     """Stepped once a batch: `onecycle` rises for a quarter of the run and falls to zero (Smith and
-    Topin 2018); `cyclic` is triangles of eight to fifteen epochs (Smith 2017); `step` halves the
-    rate every six epochs."""
+    Topin 2018); `cyclic` is triangles of eight to fifteen epochs, or one of a shorter run (Smith
+    2017); `step` halves the rate every six epochs."""
     total = args.epochs * steps
     highest = [group["lr"] for group in optimizer.param_groups]
     if args.schedule == "onecycle":

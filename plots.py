@@ -130,27 +130,26 @@ def per_class(path: Path, labels: np.ndarray, logits: np.ndarray, classes: list[
     tested = np.unique(labels)  # --holdout may leave a class out
     height = min(max(3.6, 0.16 * len(tested)), 100)  # inches: a line for each name
     figure = Figure(figsize=(10, height), layout="constrained")
-    left, middle = figure.subplots(1, 2)
+    by_class, calibration = figure.subplots(1, 2)
     accuracies = np.array([right[labels == k].mean() for k in tested])
     order = accuracies.argsort()
-    bars = left.barh(range(len(tested)), 100 * accuracies[order], color=BLUE)
+    bars = by_class.barh(range(len(tested)), 100 * accuracies[order], color=BLUE)
     names = shortened(classes, 20)
-    left.set_yticks(range(len(tested)), [names[k] for k in tested[order]])
-    left.bar_label(bars, fmt="%.1f", padding=2, fontsize=7)
-    left.set_xlim(0, 110)
-    left.set_xlabel("test accuracy, %")
+    by_class.set_yticks(range(len(tested)), [names[k] for k in tested[order]])
+    by_class.bar_label(bars, fmt="%.1f", padding=2, fontsize=7)
+    by_class.set_xlim(0, 110)
+    by_class.set_xlabel("test accuracy, %")
     tenths = np.minimum((10 * confidence).astype(int), 9)
-    filled = [k for k in range(10) if (tenths == k).any()]
-    means = [
-        (100 * confidence[tenths == k].mean(), 100 * right[tenths == k].mean()) for k in filled
-    ]
-    error = sum(abs(c - a) * (tenths == k).mean() for k, (c, a) in zip(filled, means, strict=True))
-    middle.plot([0, 100], [0, 100], color="grey", linestyle=":", label="perfect")
-    middle.plot(*zip(*means, strict=True), color=ORANGE, marker="o", label="the net, by tenths")
-    middle.set_xlabel("mean confidence, %")
-    middle.set_ylabel("accuracy, %")
-    middle.set_title(f"expected calibration error {error:.1f} points")
-    middle.legend(loc="upper left")
+    bins = [tenths == k for k in np.unique(tenths)]
+    means = [(100 * confidence[b].mean(), 100 * right[b].mean()) for b in bins]
+    error = sum(b.mean() * abs(c - a) for b, (c, a) in zip(bins, means, strict=True))
+    calibration.plot([0, 100], [0, 100], color="grey", linestyle=":", label="perfect")
+    by_tenths = zip(*means, strict=True)
+    calibration.plot(*by_tenths, color=ORANGE, marker="o", label="the net, by tenths")
+    calibration.set_xlabel("mean confidence, %")
+    calibration.set_ylabel("accuracy, %")
+    calibration.set_title(f"expected calibration error {error:.1f} points")
+    calibration.legend(loc="upper left")
     _save(figure, path)
 
 
@@ -172,7 +171,7 @@ def comparison(path: Path, histories: dict[str, list[dict[str, Any]]]) -> None:
     _save(figure, path)
 
 
-def attention(path: Path, panels: list[Panel]) -> None:
+def grad_cam(path: Path, panels: list[Panel]) -> None:
     """For each test image its caption, the image uint8 (H, W, 3), its Grad-CAM and its effective
     receptive field, both (H, W) from 0 to 1, side by side."""
     figure = Figure(figsize=(6.4, 2.1 * len(panels) + 0.5), layout="constrained")
@@ -232,7 +231,7 @@ def draw_run(
     per_class(folder / "classes.png", labels, logits, dataset.classes)
 
 
-def attention_panels(run: Path, dataset: data.Dataset, numbers: list[int]) -> list[Panel]:
+def grad_cam_panels(run: Path, dataset: data.Dataset, numbers: list[int]) -> list[Panel]:
     """Of the test images with these numbers: Grad-CAM of the predicted class (Selvaraju et al.
     2017) and the central unit's effective receptive field, both before the global pooling."""
     import graph
@@ -280,7 +279,7 @@ def redraw(run: Path, numbers: list[int] | None) -> list[dict[str, Any]]:
         draw_run(run, checkpoint.load_config(run)["flags"], dataset, logits, history)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{run / 'metrics.jsonl'} is damaged: {error!r}") from error
-    attention(run / "attention.png", attention_panels(run, dataset, numbers))
+    grad_cam(run / "grad_cam.png", grad_cam_panels(run, dataset, numbers))
     return history
 
 

@@ -51,11 +51,12 @@ def named_files(arguments: list[str], failed: list[str]) -> Iterator[tuple[str, 
             yield "-", BytesIO(sys.stdin.buffer.read())
         elif os.path.isdir(path):  # Path.is_dir() raises where it may not look
             kinds, known = Image.registered_extensions(), formats()
-            files = [f for f in path.rglob("*") if kinds.get(f.suffix.lower()) in known]
-            files = [file for file in files if os.path.isfile(file) and not is_hidden(file.name)]
+            found = (f for f in path.rglob("*") if kinds.get(f.suffix.lower()) in known)
+            shown = (f for f in found if not any(map(is_hidden, f.relative_to(path).parts)))
+            files = sorted(filter(os.path.isfile, shown))
             if not files:
                 skip(argument, "no image in that folder", failed)
-            yield from ((str(file), file) for file in sorted(files))
+            yield from ((str(file), file) for file in files)
         else:
             yield argument, path
 

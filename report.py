@@ -67,10 +67,10 @@ def write_outcome(
             for k, name in enumerate(dataset.classes)
             if (labels == k).any()  # --holdout may leave a class out
         },
-        "final_accuracy": accuracy(logits, dataset.test_labels),
+        "final_accuracy": accuracy(logits, labels),
         "best_accuracy": best["test_accuracy"],
         "best_epoch": best["epoch"],
-        "flip_accuracy": accuracy(logits + mirrored, dataset.test_labels),
+        "flip_accuracy": accuracy(logits + mirrored, labels),
     }
 
 

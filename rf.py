@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import model
-from common import SIZE, Parser, exit_status
+from common import SIZE, Parser, UserError, exit_status
 from graph import trace
 
 
@@ -123,15 +123,17 @@ def main(argv: list[str]) -> int:
 
     def job() -> None:
         parser = Parser(prog="rf.py", description="Receptive field of a net, layer by layer.")
-        parser.add_argument("--net", choices=model.NETS, default="atrous")
+        parser.add_argument("--net", choices=model.NETS, help="its layers; default: atrous")
         either = parser.add_mutually_exclusive_group()
         either.add_argument("--json", action="store_true", help="the same as JSON, nothing else")
         either.add_argument("--effective", metavar="RUN", type=Path, help="measure a trained net's")
         args = parser.parse_args(argv)
+        if args.effective and args.net:
+            raise UserError(f"--net {args.net}: the run in {args.effective} has a net of its own")
         if args.effective:
             show_effective(args.effective)
         else:
-            show_layers(args.net, args.json)
+            show_layers(args.net or "atrous", args.json)
 
     return exit_status(job)
 

@@ -45,12 +45,12 @@ def run(args: Namespace, command: str, dataset: data.Dataset, start: float) -> d
     """
     if args.batch_size % ranks.count():
         raise UserError(
-            f"--batch-size {args.batch_size}: {ranks.count()} processes cannot share it evenly"
+            f"--batch-size {args.batch_size}: take a multiple of {ranks.count()}, the processes"
         )
     if args.batch_size > len(dataset.train_images):
         raise UserError(
             f"--batch-size {args.batch_size}: {dataset.name} has only "
-            f"{len(dataset.train_images):,} training images"
+            f"{len(dataset.train_images):,} training images; take a smaller one"
         )
     device = dataset.train_images.device
     torch.manual_seed(args.seed)
@@ -89,7 +89,7 @@ def run(args: Namespace, command: str, dataset: data.Dataset, start: float) -> d
             "epochs": args.epochs,
             **facts,
         }
-        report.write_card(folder, summary, vars(args))
+        report.write_card(folder, summary, vars(args) | {"resume": None})
         report.write_json(folder / "summary.json", summary)
         report.show(summary)
         return summary
@@ -191,7 +191,7 @@ def write_config(folder: Path, config: dict[str, Any], device: torch.device) -> 
         try:
             report.write_json(folder / "config.json", config)
         except OSError as error:
-            raise UserError(f"--out {folder} cannot be written: {error}") from error
+            raise UserError(f"{folder} cannot be written: {error}") from error
 
     ranks.by_main(write, device)
 
@@ -205,7 +205,7 @@ def resume(training: Training, folder: Path, dataset: data.Dataset, args: Namesp
         training.load_state(state)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(
-            f"--resume {folder}: last.pt does not fit this run: {first_line(error)}"
+            f"{folder}/last.pt does not fit: {first_line(error)}; use the atrous that wrote it"
         ) from error
     note_source(folder, dataset, args)
     if ranks.rank() == 0:
@@ -222,12 +222,12 @@ def note_source(folder: Path, dataset: data.Dataset, args: Namespace) -> None:
 def run_all(args: Namespace, argv: list[str]) -> None:
     """All that the flags ask for, as one of torchrun's processes where it started this one."""
     device = choose_device(args.device)
-    with ranks.joined(device):
-        if ranks.rank() > 0:
-            with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere):
-                run_seeds(args, argv, device)
-        else:
-            run_seeds(args, argv, device)
+    with (
+        ranks.joined(device),
+        Path(os.devnull).open("w") as nowhere,
+        redirect_stdout(nowhere if ranks.rank() > 0 else sys.stdout),
+    ):
+        run_seeds(args, argv, device)
 
 
 def run_seeds(args: Namespace, argv: list[str], device: torch.device) -> None:
@@ -240,10 +240,10 @@ def run_seeds(args: Namespace, argv: list[str], device: torch.device) -> None:
         dataset = data.load(args.data, Path(args.data_dir), device, args.train_images, args.holdout)
     if ranks.rank() == 0:
         print(f"data read in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+    command = shlex.join(["python", "train.py", *argv])
     if not args.resume:
         refuse_existing(run_folder(args, dataset.name), device)
-    command = shlex.join(["python", "train.py", *argv])
-    if args.resume:
+    else:
         config = checkpoint.load_config(Path(args.resume))
         refuse_other_images(config, dataset, args)
         command = config.get("command", command)  # that began it, for whoever repeats it

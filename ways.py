@@ -120,15 +120,14 @@ def plain_loop(dataset: data.Dataset, args: Namespace) -> Way:
 
     def way() -> Iterator[Tensor]:
         net.train()
-        while True:
-            for index in data.epoch_batches(len(dataset.train_images), args.batch_size, device):
-                inputs = data.normalize(dataset.train_images[index], dataset.mean, dataset.std)
-                with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                    loss = F.cross_entropy(net(inputs), dataset.train_labels[index])
-                optimizer.zero_grad()
-                loss.backward()
-                optimizer.step()
-                yield loss.detach()
+        for index in _index_batches(dataset, args.batch_size):
+            inputs = data.normalize(dataset.train_images[index], dataset.mean, dataset.std)
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                loss = F.cross_entropy(net(inputs), dataset.train_labels[index])
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            yield loss.detach()
 
     return way
 
@@ -141,7 +140,7 @@ def augmentations(dataset: data.Dataset, cores: int) -> dict[str, Way]:
 
     def batched(augment: Callable[[Tensor], Tensor]) -> Way:
         def way() -> Iterator[Tensor]:
-            for index in _index_batches(dataset):
+            for index in _index_batches(dataset, BATCH):
                 yield augment(dataset.train_images.index_select(0, index))
 
         return way
@@ -153,8 +152,9 @@ def augmentations(dataset: data.Dataset, cores: int) -> dict[str, Way]:
             images, labels = dataset.train_images, dataset.train_labels
             pin = device.type == "cuda"
             while True:
-                batches = [index.tolist() for index in islice(_index_batches(dataset), 1000)]
-                loader = reference.loader(images, labels, batches, policy, mean, workers, pin)
+                batches = islice(_index_batches(dataset, BATCH), 1000)
+                numbers = [index.tolist() for index in batches]
+                loader = reference.loader(images, labels, numbers, policy, mean, workers, pin)
                 for batch, _ in loader:
                     yield data.normalize(batch.to(device, non_blocking=True), mean, std)
 
@@ -208,9 +208,10 @@ def _torchvision(policy: Policy) -> nn.Module:
     )
 
 
-def _index_batches(dataset: data.Dataset) -> Iterator[Tensor]:
+def _index_batches(dataset: data.Dataset, batch_size: int) -> Iterator[Tensor]:
+    images = dataset.train_images
     while True:
-        yield from data.epoch_batches(len(dataset.train_images), BATCH, dataset.train_images.device)
+        yield from data.epoch_batches(len(images), batch_size, images.device)
 
 
 def _learner(dataset: data.Dataset, args: Namespace) -> Training:

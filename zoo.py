@@ -4,7 +4,7 @@ Each net is a table of its printed rows; what the print leaves open says which c
 recipes hold what was published of them, as flags of train.py; the rest stays at its default.
 """
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,8 +18,8 @@ class Conv:
 
     outputs: int
     kernel: int = 3
-    padding: int = 1
     stride: int = 1
+    padding: int = 1
     dilation: int = 1
     groups: int = 1
     bias: bool = False
@@ -146,18 +146,11 @@ def net150k(classes: int) -> Table:
         [Conv(64, **halving), *NRD],  # 4×4
         [pointwise(16), NORM, RELU],
         [Conv(64, **halving), NORM, RELU],  # 2×2
-        [AdaptiveAvgPool2d(), pointwise(classes)],
+        [nn.AdaptiveAvgPool2d(1), pointwise(classes)],
     ]
 
 
 TABLES = {table.__name__: table for table in (net136k, net176k, net190k, net134k, net150k)}
-
-
-class AdaptiveAvgPool2d(nn.Module):
-    """To 1×1, as a mean: PyTorch's has no deterministic backward on a GPU."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x.mean((2, 3), keepdim=True)
 
 
 class Add(nn.Module):
@@ -179,10 +172,9 @@ def _modules(rows: list[Row], channels: int, dropout: float) -> list[nn.Module]:
     modules: list[nn.Module] = []
     for row in rows:
         match row:
-            case Conv(outputs, kernel, padding, stride, dilation, groups, bias):
-                window = (kernel, stride, padding, dilation, groups, bias)
-                modules.append(nn.Conv2d(channels, outputs, *window))
-                channels = outputs
+            case Conv():
+                modules.append(nn.Conv2d(channels, *astuple(row)))
+                channels = row.outputs
             case Linear(outputs):
                 modules.append(nn.Linear(channels, outputs))
                 channels = outputs

@@ -18,7 +18,6 @@ import synthetic
 signal.signal(signal.SIGINT, signal.default_int_handler)
 cache = tempfile.TemporaryDirectory()  # for fixtures and processes that outlive a test
 os.environ["XDG_CACHE_HOME"] = cache.name
-os.environ["NO_ALBUMENTATIONS_UPDATE"] = "1"
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # kernels run on a CPU, slowly; read as they are imported
 
@@ -70,6 +69,7 @@ def no_pictures(monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def _own_cache(tmp_path, monkeypatch):
-    """No test reads or fills the user's cache."""
+def _alone(tmp_path, monkeypatch):
+    """No test draws on what others drew before it, or reads or fills the user's cache."""
+    torch.manual_seed(0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

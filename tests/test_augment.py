@@ -4,7 +4,10 @@ Differences are in levels, 0–255. OpenCV 4 interpolates in 1/32 pixel, so that
 of interpolated values widen to its 4 levels. `--images ARCHIVE` compares on real images.
 """
 
+import ast
+import sys
 from dataclasses import replace
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -13,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 
+import augment
 import reference  # sets albumentations offline before it is imported
 from augment import (
     BORDERS,
@@ -108,42 +112,22 @@ def test_uint8_images_equal_albumentations(images, params, border):
     assert torch.equal(result[exact(params)], expected[exact(params)])
 
 
-def turned_the_other_way(images, params):
-    return ours(images, replace(params, angle=-params.angle))
-
-
-def half_a_pixel_off(images, params):
-    return ours(images, replace(params, shift=params.shift + 0.5))
-
-
-def hole_one_pixel_off(images, params):
-    return ours(images, replace(params, hole=params.hole + params.hole.any(1, keepdim=True)))
-
-
 def flipped_last(images, params):
     result = ours(images, replace(params, flip=torch.zeros_like(params.flip)))
     return torch.where(params.flip.view(-1, 1, 1, 1), result.flip(3), result)
 
 
-def wrong_border(images, params):
-    return ours(images, params, "constant")
+WRONG = {
+    "turned the other way": lambda i, p: ours(i, replace(p, angle=-p.angle)),
+    "half a pixel off": lambda i, p: ours(i, replace(p, shift=p.shift + 0.5)),
+    "hole a pixel off": lambda i, p: ours(i, replace(p, hole=p.hole + p.hole.any(1, True))),
+    "flipped last": flipped_last,
+    "the other border": lambda i, p: ours(i, p, "constant"),
+    "axes of scale swapped": lambda i, p: ours(i, replace(p, scale=p.scale.flip(1))),
+}
 
 
-def axes_of_scale_swapped(images, params):
-    return ours(images, replace(params, scale=params.scale.flip(1)))
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        turned_the_other_way,
-        half_a_pixel_off,
-        hole_one_pixel_off,
-        flipped_last,
-        wrong_border,
-        axes_of_scale_swapped,
-    ],
-)
+@pytest.mark.parametrize("wrong", WRONG.values(), ids=WRONG)
 def test_the_comparison_catches(images, params, wrong):
     few = slice(0, 200)
     expected = by_albumentations(images[few], some(params, few), "reflect101", np.float32, FILL)
@@ -223,7 +207,10 @@ def test_unknown_border_is_an_error(images, params):
 @pytest.fixture(scope="module")
 def draws():
     torch.manual_seed(5)
-    return sample(Policy(flip_p=0.3, affine_p=0.4, cutout_p=0.6), DRAWS, 32, CPU)
+    colours = {"rgb_shift": (99, 99, 99), "brightness": 0.2, "contrast": 0.2}
+    shares = {"flip_p": 0.3, "affine_p": 0.4, "cutout_p": 0.6}
+    shares |= {"rgb_shift_p": 0.2, "brightness_contrast_p": 0.8}
+    return sample(Policy(**colours, **shares), DRAWS, 32, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -268,10 +255,16 @@ def test_shifts_are_drawn_as_albumentations_does(draws, albumentations_draws):
 
 
 def test_probabilities(draws):
-    for drawn, p in ((draws.flip, 0.3), (draws.affine, 0.4), (draws.hole.any(1), 0.6)):
-        assert stats.binomtest(int(drawn.sum()), DRAWS, p).pvalue > ALPHA
-    both = torch.stack([draws.flip, draws.affine, draws.hole.any(1)]).float()
-    assert np.abs(np.corrcoef(both.numpy()) - np.eye(3)).max() < 0.03
+    geometry = draws.flip, draws.affine, draws.hole.any(1)
+    drawn = torch.stack([*geometry, draws.rgb_shift.any(1), draws.alpha != 1])
+    for count, p in zip(drawn.sum(1).tolist(), (0.3, 0.4, 0.6, 0.2, 0.8), strict=True):
+        assert stats.binomtest(count, DRAWS, p).pvalue > ALPHA
+    assert independent(drawn)
+    assert torch.equal(draws.alpha != 1, draws.beta != 0)
+
+
+def independent(rows):
+    return np.abs(np.corrcoef(rows.float().numpy()) - np.eye(len(rows))).max() < 0.03
 
 
 def test_holes_lie_anywhere_inside(draws):
@@ -281,6 +274,7 @@ def test_holes_lie_anywhere_inside(draws):
         counts = holes[:, axis].bincount(minlength=17)
         assert len(counts) == 17  # 0…16 inclusive
         assert stats.chisquare(counts.numpy()).pvalue > ALPHA
+    assert independent(holes[:, :2].T)
 
 
 def test_holes_of_any_size_are_drawn_as_albumentations_does():
@@ -301,8 +295,7 @@ def test_holes_of_any_size_are_drawn_as_albumentations_does():
         assert stats.chi2_contingency(counts).pvalue > ALPHA
         counts = [h[:, axis].bincount(minlength=32).numpy() for h in (ours, theirs)]
         assert stats.chi2_contingency(counts).pvalue > ALPHA
-    width, height = (ours[:, 2:] - ours[:, :2]).T.numpy()
-    assert abs(np.corrcoef(width, height)[0, 1]) < 0.03
+    assert independent((ours[:, 2:] - ours[:, :2]).T)
 
 
 def test_colour_parameters():
@@ -316,9 +309,15 @@ def test_colour_parameters():
         expected = np.ones(2 * limit - 1)
         expected[limit - 1] = 2  # truncation towards zero: −1 < s < 1
         assert stats.chisquare(counts[1 : 2 * limit], DRAWS * expected / (2 * limit)).pvalue > ALPHA
+    assert independent(drawn.rgb_shift[:, :2].T)
     assert not drawn.rgb_shift[:, 2].any()
-    drawn = sample(Policy(**colour, brightness_contrast_p=0.5), DRAWS, 32, CPU)
-    assert torch.equal(drawn.alpha != 1, drawn.beta != 0)
+
+
+def test_it_needs_nothing_but_pytorch():
+    nodes = list(ast.walk(ast.parse(Path(augment.__file__).read_text())))
+    found = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    found |= {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert {name.partition(".")[0] for name in found} <= sys.stdlib_module_names | {"torch"}
 
 
 def test_a_hole_larger_than_the_images_is_an_error():
@@ -328,12 +327,11 @@ def test_a_hole_larger_than_the_images_is_an_error():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("border", BORDERS)
-def test_gpu_equals_cpu(images, params, border):
-    torch.set_float32_matmul_precision("high")  # TF32 must not reach the grid
+def test_gpu_equals_cpu(images, params, border, monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)  # not to reach the grid
     on_gpu = Params(**{name: tensor.cuda() for name, tensor in vars(params).items()})
     with torch.autocast("cuda", torch.bfloat16):
         result = apply(images.cuda(), on_gpu, FILL.view(-1, 1, 1).cuda(), border).cpu()
-    torch.set_float32_matmul_precision("highest")
     expected = ours(images, params, border)
     assert (result - expected).abs().max() <= 0.01
     assert torch.equal(result[exact(params)], expected[exact(params)])

@@ -1,10 +1,12 @@
 import json
+import pickle
 from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from test_hostile import Hostile
 
 import checkpoint
 import data
@@ -112,6 +114,13 @@ def test_damaged_predictions_are_one_line(tmp_path, byte):
     (tmp_path / "predictions.npy").write_bytes(content[:-1])
     with pytest.raises(UserError, match=r"predictions\.npy is missing or damaged: "):
         checkpoint.load_predictions(tmp_path)
+
+
+def test_predictions_run_no_code(tmp_path, capsys):
+    (tmp_path / "predictions.npy").write_bytes(pickle.dumps(Hostile()))
+    with pytest.raises(UserError, match=r"predictions\.npy is missing or damaged: "):
+        checkpoint.load_predictions(tmp_path)
+    assert not capsys.readouterr().out
 
 
 @pytest.mark.parametrize(("ahead", "other"), [(1, "a newer"), (-1, "an older")])

@@ -50,11 +50,14 @@ def test_every_image_comes_once_with_its_label(unchanged, several, dataset, monk
     assert torch.equal(labels, dataset.train_labels[number])
 
 
-@pytest.mark.parametrize("several", [1, 3])
-def test_every_image_draws_for_itself(several, dataset, monkeypatch):
+@pytest.mark.parametrize(
+    ("way", "several"),
+    [([], 1), ([], 3), (["--augment", "albumentations", "--workers", "0"], 1)],
+)
+def test_every_image_draws_for_itself(way, several, dataset, monkeypatch):
     monkeypatch.setattr(epochs, "batches_at_once", lambda *_: several)
     same = replace(dataset, train_images=dataset.train_images[:1].expand(60, -1, -1, -1))
-    inputs = torch.cat([inputs for inputs, _ in epoch(same, "--affine-p", "1")])
+    inputs = torch.cat([inputs for inputs, _ in epoch(same, "--affine-p", "1", *way)])
     assert len(inputs.flatten(1).unique(dim=0)) == 56
 
 

@@ -27,8 +27,7 @@ loops = pytest.mark.skipif(apart, reason="this Triton's interpreter loops with n
 
 
 @pytest.fixture(autouse=True)
-def _seeded(monkeypatch):
-    torch.manual_seed(0)
+def _in_float32(monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 

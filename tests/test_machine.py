@@ -59,14 +59,34 @@ def test_freed_memory_is_kept():
     assert kept < plain / 10
 
 
-def test_without_a_compiler_for_kernels_pytorchs_own_are_taken(monkeypatch, capsys):
+def test_the_best_device_and_its_precision(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    there = {"is_available": True, "device_count": 1, "set_device": None}
+    for name, answer in there.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    assert machine.choose_device("auto") == gpu
+    for has_bf16, chosen in ((True, "bf16"), (False, "fp16")):
+        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has_bf16, **_: has)
+        assert machine.choose_precision("auto", gpu) == chosen
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert machine.choose_device("auto") == torch.device("cpu")
+    assert machine.choose_precision("auto", torch.device("mps")) == "fp32"
+
+
+@pytest.fixture
+def kernels_anew():
+    machine._kernels_on.cache_clear()
+    yield
+    machine._kernels_on.cache_clear()
+
+
+def test_without_a_compiler_for_kernels_pytorchs_own_are_taken(monkeypatch, capsys, kernels_anew):
     kernels = pytest.importorskip("kernels")
     x = Mock(is_cuda=True, device=torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     assert machine.triton_kernels(torch.ones(1)) is None
-    machine._kernels_on.cache_clear()
     assert machine.triton_kernels(x) is kernels
     monkeypatch.setattr(kernels, "mirrored", Mock(side_effect=RuntimeError("no C compiler\nTry")))
     machine._kernels_on.cache_clear()
     assert [machine.triton_kernels(x) for _ in range(2)] == [None, None]
     assert capsys.readouterr().err.count("no C compiler; training goes on") == 1
-    machine._kernels_on.cache_clear()

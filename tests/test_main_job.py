@@ -1,9 +1,12 @@
 """The main job from outside: flags in, a run folder, lines and an exit status out."""
 
 import json
+import re
 import signal
+import subprocess
 import sys
 from itertools import chain, repeat
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,7 +21,6 @@ import report
 import step
 import train
 from augment import sample
-from common import UserError
 
 SMALL = ["--data", "synthetic", "--train-images", "120", "--holdout", "100", "--device", "cpu"]
 SMALL += ["--batch-size", "40", "--epochs", "2", "--lr", "0.1"]
@@ -38,6 +40,7 @@ FILES = {
 }
 METRICS = "epoch lr train_loss train_accuracy test_loss test_accuracy seconds images_per_second"
 METRICS += " skipped_steps"
+ROOT = Path(__file__).parents[1]
 
 
 def lines(folder):
@@ -95,8 +98,10 @@ def test_when_the_target_is_reached(
     monkeypatch.setattr(report, "accuracy", lambda *_: next(accuracies))
     out = ["--epochs", "3", "--net", "net136k", "--out", str(tmp_path), "--target", target]
     assert train.main([*SMALL, *out]) == 0
-    reached = json.loads((tmp_path / "summary.json").read_text())["target_reached"]
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    reached = summary["target_reached"]
     assert (reached and reached["epoch"]) == epoch
+    assert (summary["best_epoch"], summary["best_accuracy"]) == (2, 0.6)
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("target")]
     assert said in line
 
@@ -142,7 +147,7 @@ def test_the_accuracy_averaged_over_mirror_images(tmp_path, monkeypatch, no_pict
 
 
 def test_what_is_printed_when_piped(finished):
-    _, printed = finished
+    folder, printed = finished
     rows = printed.splitlines()
     assert "\r" not in printed
     assert "\x1b" not in printed
@@ -151,16 +156,17 @@ def test_what_is_printed_when_piped(finished):
         assert word in printed
     table = rows[next(i for i, row in enumerate(rows) if row.startswith("epoch")) :][:3]
     assert len({len(row) for row in table}) == 1  # aligned
+    first, last = lines(folder)
+    assert [f"{first[key]:.2%}" for key in ("train_accuracy", "test_accuracy")] == [
+        word for word in table[1].split() if word.endswith("%")
+    ]
+    assert f"final test accuracy   {last['test_accuracy']:.2%} on synthetic, 100 held" in printed
     assert "target 1.00%" in printed
 
 
-def test_another_seed_another_run(finished, tmp_path, no_pictures):
-    """The same seed's is the same run, as tests of --resume show."""
-    assert train.main([*SMALL, "--seed", "1", "--out", str(tmp_path / "run")]) == 0
-    assert timeless(tmp_path / "run") != timeless(finished[0])
-
-
-def test_every_epoch_has_an_order_of_its_own(tmp_path, no_pictures, monkeypatch):
+@pytest.fixture
+def orders(monkeypatch):
+    """Of the images: each epoch's, and that of a run's examples."""
     orders, epoch_batches = [], data.epoch_batches
 
     def noting(*args):
@@ -169,6 +175,22 @@ def test_every_epoch_has_an_order_of_its_own(tmp_path, no_pictures, monkeypatch)
         return batches
 
     monkeypatch.setattr(data, "epoch_batches", noting)
+    return orders
+
+
+def test_another_seed_has_other_weights_and_another_order(tmp_path, no_pictures, orders):
+    """The same seed's is the same run, as tests of --resume show."""
+    still = ["--net", "net136k", "--epochs", "1", "--lr", "1e-30", "--weight-decay", "0"]
+    for seed in ("0", "1"):
+        assert train.main([*SMALL, *still, "--seed", seed, "--out", str(tmp_path / seed)]) == 0
+    first, _, second, _ = orders
+    assert first != second
+    nets = [checkpoint.load_net(tmp_path / seed / "model.pt")[0] for seed in ("0", "1")]
+    weights = [next(net.parameters()) for net in nets]
+    assert not torch.allclose(*weights)
+
+
+def test_every_epoch_has_an_order_of_its_own(tmp_path, no_pictures, orders):
     assert train.main([*SMALL, "--net", "net136k", "--out", str(tmp_path / "run")]) == 0
     first, second = orders[:2]
     assert sorted(first) == sorted(second) == list(range(120))
@@ -214,27 +236,8 @@ def test_without_a_network_it_says_so_twice(tmp_path, monkeypatch, capsys, no_pi
     for name in ("config.json", "summary.json"):
         facts = json.loads((tmp_path / "runs/atrous-synthetic-s0" / name).read_text())
         assert facts["data"] == "synthetic"
-
-
-@pytest.mark.parametrize("schedule", ["onecycle", "cyclic", "step"])
-def test_schedules(schedule):
-    args = flags.parse_flags(["--schedule", schedule, "--epochs", "16", "--lr", "0.5"])
-    net = torch.nn.Linear(2, 2)
-    training = train.make_training(net, args, torch.device("cpu"), steps=10)
-    rates = []
-    for _ in range(160):
-        rates.append(training.scheduler.get_last_lr()[0])
-        training.optimizer.step()
-        training.scheduler.step()
-    assert max(rates) == pytest.approx(0.5)
-    if schedule == "onecycle":
-        assert rates.index(max(rates)) == pytest.approx(40, abs=1)
-        assert rates[-1] < 1e-4
-    elif schedule == "cyclic":
-        assert [rates[i] for i in (0, 80)] == pytest.approx([0.02, 0.02])
-        assert [rates[i] for i in (40, 120)] == pytest.approx([0.5, 0.5])
-    else:
-        assert [rates[i] for i in (59, 60, 120)] == pytest.approx([0.5, 0.25, 0.125])
+    assert train.main(arguments) == 2  # in the default folder a run is as safe as in any
+    assert "runs/atrous-synthetic-s0: a run is there already" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -259,9 +262,49 @@ def test_no_hole_in_a_recipe_with_holes_of_many_sizes():
     assert (params.hole[:, :2] == params.hole[:, 2:]).all()
 
 
+def test_the_default_is_what_was_measured():
+    measured = json.loads((ROOT / "results/train-cpu.json").read_text())["flags"]
+    default = vars(flags.parse_flags([]))
+    assert {name for name in default if default[name] != measured[name]} == {
+        "data",
+        "out",
+        "precision",  # as it was chosen there
+    }
+
+
+def test_help_and_readme_name_every_flag(capsys):
+    with pytest.raises(SystemExit):
+        flags.parse_flags(["--help"])
+    printed = capsys.readouterr().out
+    rows = re.findall(r"^\| (`--.*) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    for name in vars(flags.parse_flags([])):
+        option = "--" + name.replace("_", "-")
+        assert f" {option} " in printed.replace("\n", " ")
+        assert re.search(f"{option}[ `]", " ".join(rows))
+
+
+def test_flags_reach_the_step(tmp_path, monkeypatch, no_pictures):
+    seen, train_step = [], step.train_step
+
+    def noting(net, *rest):
+        dropout = {m.p for m in net.modules() if isinstance(m, torch.nn.Dropout)}
+        seen.append((dropout, *rest[4:]))
+        return train_step(net, *rest)
+
+    monkeypatch.setattr(step, "train_step", noting)
+    given = ["--net", "net176k", "--dropout", "0.3", "--precision", "bf16", "--epochs", "1"]
+    given += ["--label-smoothing", "0.2", "--out", str(tmp_path / "run")]
+    assert train.main([*SMALL, *given]) == 0
+    assert seen == [({0.3}, "bf16", 0.2, 0.0)] * 3
+
+
+def test_what_a_run_may_not_need_is_not_imported():
+    code = "import sys, train; print({'albumentations', 'matplotlib', 'onnx'} & {*sys.modules})"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert run.stdout == "set()\n", run.stderr
+
+
 def test_flags_read_back():
-    with pytest.raises(UserError, match="unrecognized arguments: --nets"):
-        flags.parse_flags(["--nets", "atrous"])
     args = flags.parse_flags(["--shift", "0.1", "--rgb-shift", "1", "2", "3"])
     assert flags.policy_of(args).rgb_shift == (1, 2, 3)
     assert flags.policy_of(args).shift == 0.1

@@ -7,7 +7,6 @@ from model import build
 
 
 def test_mirrored_images_have_the_same_logits():
-    torch.manual_seed(0)
     net, images = build("atrous", 10).double(), torch.randn(8, 3, 32, 32).double()
     for norm in (module for module in net.modules() if isinstance(module, nn.BatchNorm2d)):
         nn.init.uniform_(norm.weight, 0.5, 1.5)  # a branch's last is 0 before training
@@ -36,7 +35,6 @@ def swapped(maps):
     ],
 )
 def test_a_convolution_of_the_mirror_image_is_the_mirror_image(options):
-    torch.manual_seed(0)
     plain = nn.Conv2d(8, 16 if "groups" not in options else 8, bias=False, **options)
     weights = plain.weight.numel()
     convolution, maps = mirrored(plain), torch.randn(2, 8, 6, 6)
@@ -48,7 +46,6 @@ def test_a_convolution_of_the_mirror_image_is_the_mirror_image(options):
 
 
 def test_a_convolution_of_images():
-    torch.manual_seed(0)
     convolution, images = (
         mirrored(nn.Conv2d(3, 8, 3, padding=1, bias=False)),
         torch.randn(2, 3, 6, 6),
@@ -58,7 +55,6 @@ def test_a_convolution_of_images():
 
 
 def test_a_weight_has_the_singular_values_of_its_kernels():
-    torch.manual_seed(0)
     kernels = torch.randn(2, 4, 6, 3, 3).unbind()
     weight = Mixed()(*kernels)
     found = torch.linalg.svdvals(weight.flatten(1))
@@ -75,7 +71,6 @@ def test_kernels_come_back_from_the_weight():
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("skips", [False, True])
 def test_both_halves_are_normalised_alike(skips, memory_format):
-    torch.manual_seed(0)
     maps, other = torch.randn(2, 5, 6, 4, 4).unbind()
     maps = maps.to(memory_format=memory_format)
     norm, plain = MirrorNorm(3), nn.BatchNorm2d(3)

@@ -61,7 +61,6 @@ def gradients(layer, convolve, x):
     ],
 )
 def test_dilated_convolutions_as_plain_ones(options, size, plain):
-    torch.manual_seed(0)
     layer = nn.Conv2d(6, 12, 3, **{"bias": False} | options)
     x = torch.randn(2, 6, *(size if isinstance(size, tuple) else (size, size)))
     expected = gradients(layer, layer.forward, x)
@@ -79,7 +78,6 @@ def test_dilated_convolutions_as_plain_ones(options, size, plain):
 )
 @pytest.mark.parametrize("inputs", [192, 208])
 def test_large_1x1_convolutions_as_products(inputs, options, capability, monkeypatch):
-    torch.manual_seed(0)
     layer, x = nn.Conv2d(inputs, 208, 1, **options), torch.randn(2, inputs, 5, 5)
     expected = gradients(layer, layer.forward, x)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
@@ -111,7 +109,6 @@ def test_large_1x1_convolutions_as_products(inputs, options, capability, monkeyp
     ],
 )
 def test_what_is_bad_in_bf16_is_computed_in_float32(options, wide):
-    torch.manual_seed(0)
     net = nn.Conv2d(**{"in_channels": 8, "out_channels": 8} | options)
     images = torch.randn(2, net.in_channels, 12, 12).bfloat16().requires_grad_()
     expected = net(images.float())
@@ -129,7 +126,6 @@ def test_what_is_bad_in_bf16_is_computed_in_float32(options, wide):
 @pytest.mark.parametrize("name", NETS)
 def test_gradients_in_bf16_are_those_in_float32(name):
     """Layer by layer, for equal inputs and gradients of outputs."""
-    torch.manual_seed(0)
     net = build(name, 10)
     convolutions = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
     in_float32 = [m.forward for m in convolutions]

@@ -28,7 +28,6 @@ def test_muon_follows_the_kernels_that_mix_channels():
 
 
 def test_matrices_of_many_shapes_are_made_orthogonal_at_once():
-    torch.manual_seed(0)
     for shapes in ([(3, 5, 7), (2, 9, 4), (4, 6, 6)], [(2, 9, 4), (1, 8, 3)]):
         stacks = [torch.randn(shape) for shape in shapes]
         for found, stack in zip(orthogonal_at_once(stacks), stacks, strict=True):
@@ -80,6 +79,25 @@ def test_onecycle_rises_and_falls_to_zero_however_short_the_run(steps):
     assert rates[-1] < 1e-5
     if steps > 100:
         assert 0.49 < max(rates) == max(rates[: steps // 4 + 1])
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("cyclic", {0: 0.02, 40: 0.5, 80: 0.02, 120: 0.5}),
+        ("step", {0: 0.5, 59: 0.5, 60: 0.25, 120: 0.125}),
+    ],
+)
+def test_other_schedules(schedule, expected):
+    args = flags.parse_flags(["--schedule", schedule, "--epochs", "16", "--lr", "0.5"])
+    training = make_training(nn.Conv2d(3, 4, 3), args, CPU, 10)
+    rates = []
+    for _ in range(160):
+        rates.append(training.optimizer.param_groups[0]["lr"])
+        training.optimizer.step()
+        training.scheduler.step()
+    assert max(rates) == pytest.approx(0.5)
+    assert {number: rates[number] for number in expected} == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("schedule", ["onecycle", "cyclic", "step"])

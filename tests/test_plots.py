@@ -10,6 +10,7 @@ from torch import nn
 import checkpoint
 import data
 import plots
+import report
 
 LINE = {"lr": 0.1, "train_loss": 1.0, "train_accuracy": 0.5, "test_loss": 0.9, "test_accuracy": 0.6}
 
@@ -21,10 +22,29 @@ def is_picture(path):
 
 
 @pytest.mark.parametrize("epochs", [1, 5])
-def test_curves(tmp_path, epochs):
+def test_curves(tmp_path, epochs, monkeypatch):
     history = [{"epoch": i + 1, **LINE} for i in range(epochs)]
+    plot, seen = Axes.plot, []
+
+    def noting(self, x, y, label=None, **style):
+        seen.append((label, y[0]))
+        return plot(self, x, y, label=label, **style)
+
+    monkeypatch.setattr(Axes, "plot", noting)
     plots.curves(tmp_path / "curves.png", history, "a net")
     assert is_picture(tmp_path / "curves.png")
+    losses, accuracies = seen[:2], seen[2:4]
+    assert losses == [("training", 1.0), ("test", 0.9)]
+    assert accuracies == [("training, as the net sees it", 50), ("test", 60)]
+
+
+def test_the_examples_are_shown_in_their_colours(monkeypatch):
+    shown = []
+    monkeypatch.setattr(plots, "image_grid", lambda path, images, *_: shown.append(images))
+    dataset = data.load("synthetic", None, torch.device("cpu"), train_images=40)
+    inputs = data.normalize(dataset.train_images, dataset.mean, dataset.std)
+    report.draw_examples(None, dataset, (inputs, dataset.train_labels))
+    assert (shown[0] == dataset.train_images[:32].permute(0, 2, 3, 1).numpy()).all()
 
 
 def test_confusion_counts_true_classes_in_rows(tmp_path, monkeypatch):
@@ -143,7 +163,7 @@ def run(tmp_path, monkeypatch):
 
 def test_grad_cam_lights_up_what_was_predicted(run):
     dataset = checkpoint.load_data(run)
-    ((caption, image, cam, field),) = plots.attention_panels(run, dataset, [1])
+    ((caption, image, cam, field),) = plots.grad_cam_panels(run, dataset, [1])
     assert caption.endswith(f"as {dataset.classes[1]}")
     assert image.shape == (32, 32, 3)
     assert cam[24:, 24:].min() > 0.9
@@ -160,7 +180,7 @@ def test_a_run_is_drawn_again(run, monkeypatch):
     assert plots.main([str(run)]) == 0
     plain = "atrous on synthetic, seed 3"
     assert titles == [plain, f"{plain}; test: 5,000 held-out training images"]
-    for name in ("curves", "confusion", "mistakes", "classes", "attention"):
+    for name in ("curves", "confusion", "mistakes", "classes", "grad_cam"):
         assert is_picture(run / f"{name}.png"), name
     assert not (run.parent / "comparison.png").exists()
 

@@ -173,6 +173,8 @@ def test_what_would_start_a_program_or_is_hidden_is_not_read(run, tmp_path, caps
     (tmp_path / "a.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n")
     (tmp_path / "b.eps").write_bytes((tmp_path / "a.jpg").read_bytes())
     (tmp_path / "._c.jpg").write_bytes(b"of a Mac")
+    (tmp_path / ".thumbnails").mkdir()
+    (tmp_path / ".thumbnails/a.jpg").write_bytes(b"of a file manager")
     fields = {(3, 60): b"\1\0", (3, 20): b"\0\x09", (3, 30): b"\0\x09", (3, 120): b"\5"}
     fields[8, 10] = (tmp_path / "a.jpg").read_bytes()
     iptc = (bytes([28, *key]) + len(value).to_bytes(2) + value for key, value in fields.items())

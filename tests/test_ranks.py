@@ -176,7 +176,11 @@ def test_torchrun_and_a_process_that_dies(tmp_path, run):
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     command += ["--standalone", "train.py", *run, "--epochs", "40", "--out", str(folder)]
     job = subprocess.Popen(
-        command, cwd=train.__file__.rpartition("/")[0], stderr=subprocess.PIPE, text=True
+        command,
+        cwd=train.__file__.rpartition("/")[0],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     deadline = time.monotonic() + 120
     while not (folder / "metrics.jsonl").exists():
@@ -185,7 +189,8 @@ def test_torchrun_and_a_process_that_dies(tmp_path, run):
         time.sleep(0.05)
     workers = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
     os.kill(int(workers[-1]), signal.SIGKILL)
-    _, error = job.communicate(timeout=120)
+    printed, error = job.communicate(timeout=120)
+    assert printed.count(report.HEADER) == 1
     assert job.returncode != 0
     assert "Signal 9" in error
     assert train.main(["--resume", str(folder)]) == 0

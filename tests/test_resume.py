@@ -14,25 +14,31 @@ from test_main_job import SMALL, lines, timeless
 import checkpoint
 import epochs
 import plots
+import report
+import step
 import train
 
 
 @pytest.mark.parametrize(
-    ("number", "status", "word"),
-    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")],
+    ("number", "status", "word", "moment"),
+    [
+        (signal.SIGINT, 130, "interrupted", (report, "write_history")),
+        (signal.SIGTERM, 143, "terminated", (step, "predict_logits")),  # the epoch still ends
+    ],
 )
 def test_ended_and_resumed_is_as_if_nothing_had_been(
-    finished, tmp_path, monkeypatch, capsys, no_pictures, number, status, word
+    finished, tmp_path, monkeypatch, capsys, no_pictures, number, status, word, moment
 ):
     folder = tmp_path / "run"
-    write = train.report.write_history
+    job = getattr(*moment)
 
     def end(*args):
-        write(*args)
+        result = job(*args)
         signal.raise_signal(number)
+        return result
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.report, "write_history", end)
+        patch.setattr(*moment, end)
         assert train.main([*SMALL, "--out", str(folder)]) == status
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"{word}: --resume {folder}")
     before = lines(folder)
@@ -47,6 +53,7 @@ def test_ended_and_resumed_is_as_if_nothing_had_been(
     assert summary["final_accuracy"] == lines(finished[0])[-1]["test_accuracy"]
     assert summary["total_seconds"] >= summary["training_seconds"]  # of both parts
     assert summary["command"].endswith(f"--out {folder}")
+    assert "`resume " not in (folder / "card.md").read_text()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -80,7 +87,7 @@ def test_a_run_from_before_a_flag(finished, tmp_path, capsys):
     del config["flags"]["sam"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert train.main(["--resume", str(tmp_path)]) == 2
-    assert "config.json has no --sam: a run of an older atrous" in capsys.readouterr().err
+    assert "config.json is of another atrous, for its sam: use that" in capsys.readouterr().err
 
 
 def test_a_recipe_is_recorded_and_resumed(tmp_path, capsys, no_pictures):
@@ -99,13 +106,14 @@ def test_a_recipe_is_recorded_and_resumed(tmp_path, capsys, no_pictures):
 
 
 def test_a_resumed_run_keeps_its_data(finished, tmp_path, capsys):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
     path = write_tar(tmp_path / "pets.tar", files(train=120))
-    assert train.main(["--resume", str(finished[0]), "--data", str(path)]) == 2
+    assert train.main(["--resume", str(folder), "--data", str(path)]) == 2
     error = capsys.readouterr().err
     assert re.search(r"on 120 images \(CRC \w+\), not pets's 120 images \(CRC", error)
     anew = ["--data-dir", str(tmp_path), "--workers", "0", "--device", "auto"]
-    assert train.main(["--resume", str(finished[0]), *anew]) == 0
-    config = json.loads((finished[0] / "config.json").read_text())
+    assert train.main(["--resume", str(folder), *anew]) == 0
+    config = json.loads((folder / "config.json").read_text())
     assert config["flags"]["data_dir"] == str(tmp_path)  # where export.py, say, is to look for it
 
 
@@ -226,6 +234,7 @@ def test_repeats(tmp_path, capsys, no_pictures):
     assert train.main(["--resume", str(folder), "--data-dir", str(tmp_path)]) == 0
     for config in map(checkpoint.load_config, (folder, folder / "s3", folder / "s4")):
         assert (config["flags"]["data_dir"], config["flags"]["resume"]) == (str(tmp_path), None)
+    assert train.main(["--resume", str(folder.rename(tmp_path / "moved"))]) == 0
 
 
 def test_repeats_go_on_with_no_run_that_is_another(finished, tmp_path, capsys):

@@ -111,6 +111,7 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
     assert "--jason" in error("--jason")
     assert "model.pt is not there" in error("--effective", tmp_path / "nowhere")
     assert "not allowed with argument" in error("--effective", run, "--json")
+    assert "--net net150k: the run in" in error("--effective", run, "--net", "net150k")
     shutil.move(run / "config.json", run / "config.bak")
     assert "config.json is missing" in error("--effective", run)
     (run / "config.json").write_text('{"flags": {}}')

@@ -2,6 +2,7 @@ import json
 from contextlib import nullcontext, suppress
 from copy import deepcopy
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -37,6 +38,12 @@ def test_what_the_net_sees():
     bright = replace(NOTHING, brightness=0.5, brightness_contrast_p=1)
     lit = step.prepared(dataset.train_images, bright, dataset.mean, dataset.std)
     assert (lit != normal).flatten(1).any(1).float().mean() > 0.9
+    tinted = replace(NOTHING, rgb_shift=(90, 90, 90), rgb_shift_p=1)
+    shifted = step.prepared(dataset.train_images, tinted, dataset.mean, dataset.std)
+    assert (shifted != normal).flatten(1).any(1).float().mean() > 0.9
+    moved = Policy(flip_p=0, affine_p=1, shift=0, scale=0, rotate=45, cutout_p=0, border="constant")
+    corners = step.prepared(dataset.train_images, moved, dataset.mean, dataset.std)[..., 0, 0]
+    assert (corners.abs() < 1e-5).all(1).float().mean() > 0.5  # outside, of the mean's colour
     one, other = (
         step.prepared(dataset.train_images, Policy(), dataset.mean, dataset.std) for _ in range(2)
     )
@@ -76,7 +83,6 @@ def test_label_smoothing_counts():
 
 
 def test_a_radius_takes_the_gradient_uphill_along_that_of_a_quarter():
-    torch.manual_seed(0)
     layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 30 * 30, 10)
     net, copy = nn.Sequential(*layers), deepcopy(nn.Sequential(*layers))
     optimizer, scaler = torch.optim.SGD(net.parameters(), 0.1), torch.amp.GradScaler(enabled=False)
@@ -201,6 +207,13 @@ def learnt(batches, training, take_step):
     assert sum(losses[-4:]) < sum(losses[:4])
     assert len(set(rates)) > 1
     return torch.tensor(rates), torch.stack(losses), torch.cat(weights)
+
+
+def test_eager_steps_are_no_graph(monkeypatch):
+    monkeypatch.setattr(step, "captured", lambda *_: pytest.fail("captured"))
+    dataset = replace(data.load("synthetic", None, CPU, 32), train_images=Mock(is_cuda=True))
+    args = flags.parse_flags(["--eager"])
+    assert step.make_step(make_training(build("net136k", 10), args, CPU, 1), dataset, args)
 
 
 class Tape(TorchDispatchMode):
