@@ -1,4 +1,4 @@
-"""What every room needs: how a command ends, and files written whole or not at all."""
+"""How a command ends, and files written whole or not at all."""
 
 import argparse
 import importlib.util
