@@ -59,9 +59,8 @@ def test_a_plain_loop_has_its_precision(dataset, precision, monkeypatch):
 def test_training_goes_on_epoch_after_epoch(dataset):
     for argv in ([], ["--augment", "albumentations", "--workers", "1"]):
         settings = ways.settings("net136k", 200, "fp32", "--optimizer", "sgd", *argv)
-        figures = torch.stack(list(islice(ways.training(dataset, settings)(), 5)))
-        assert figures.isfinite().all()
-        assert figures[-1, 0] < figures[0, 0]
+        losses = torch.stack(list(islice(ways.training(dataset, settings)(), 24)))[:, 0]
+        assert losses[-6:].mean() < 0.97 * losses[:6].mean()
 
 
 def test_a_layer_by_itself_does_what_it_does_in_the_net(dataset, monkeypatch):
