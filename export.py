@@ -165,7 +165,7 @@ def in_batches(classify: Callable[[np.ndarray], np.ndarray], images: np.ndarray)
     return np.concatenate([classify(images[i : i + 500]) for i in range(0, len(images), 500)])
 
 
-def of_every_class(images: np.ndarray) -> np.ndarray:
+def drawn(images: np.ndarray) -> np.ndarray:
     """CHECKED of them, always the same, or all if they are fewer, whatever order they come in."""
     return np.random.default_rng(0).permutation(images)[:CHECKED]
 
@@ -179,7 +179,7 @@ def export(run: Path, int8: bool) -> None:
     metadata = {key: content[key] for key in ("net", "classes")} | {"data": dataset.name}
     blob = to_onnx(classifier, {key: json.dumps(value) for key, value in metadata.items()})
     images, labels = dataset.test_images.numpy(), dataset.test_labels.numpy()
-    some = of_every_class(images)
+    some = drawn(images)
     with torch.no_grad():
         expected = classifier(torch.from_numpy(some)).numpy()
     difference = np.abs(in_batches(session(blob), some) - expected).max()
@@ -188,7 +188,7 @@ def export(run: Path, int8: bool) -> None:
     print(f"{len(some):,} test images: at most {difference:.1e} from PyTorch's probabilities")
     models = {"model.onnx": blob}
     if int8:
-        models["model.int8.onnx"] = to_int8(blob, of_every_class(dataset.train_images.numpy()))
+        models["model.int8.onnx"] = to_int8(blob, drawn(dataset.train_images.numpy()))
     for name, model in models.items():
         right = in_batches(session(model), images).argmax(1) == labels
         with written_whole(run / name) as file:

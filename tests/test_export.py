@@ -96,6 +96,15 @@ def test_the_figures_it_prints(exported, capsys):
     assert re.fullmatch(r"  on one CPU core \S+ ms for one image, \S+ images/s .* of 100", lines[2])
 
 
+def test_what_calibrates_is_of_every_class_in_whatever_order():
+    for labels in (np.arange(5000) % 10, np.arange(5000) // 500):
+        drawn = export.drawn(labels)
+        assert len(drawn) == 1000
+        assert np.bincount(drawn, minlength=10).min() > 50
+    assert (export.drawn(labels) == drawn).all()
+    assert len(export.drawn(labels[:200])) == 200
+
+
 def test_what_differs_is_not_written(exported, tmp_path, capsys, monkeypatch):
     for name in ("model.pt", "config.json"):
         (tmp_path / name).write_bytes((exported / name).read_bytes())

@@ -1,0 +1,61 @@
+"""Every knob: its default, its place in the help and in README, and its way to where it acts."""
+
+import json
+import re
+
+import pytest
+import torch
+from test_main_job import ROOT, SMALL
+
+import flags
+import step
+import train
+from augment import sample
+
+
+def test_no_hole_in_a_recipe_with_holes_of_many_sizes():
+    args = flags.parse_flags(["--recipe", "net190k", "--cutout", "0"])
+    params = sample(flags.policy_of(args), 100, 32, torch.device("cpu"))
+    assert (params.hole[:, :2] == params.hole[:, 2:]).all()
+
+
+def test_the_default_is_what_was_measured():
+    measured = json.loads((ROOT / "results/train-cpu.json").read_text())["flags"]
+    default = vars(flags.parse_flags([]))
+    assert {name for name in default if default[name] != measured[name]} == {
+        "data",
+        "out",
+        "precision",  # as it was chosen there
+    }
+
+
+def test_help_and_readme_name_every_flag(capsys):
+    with pytest.raises(SystemExit):
+        flags.parse_flags(["--help"])
+    printed = capsys.readouterr().out
+    rows = re.findall(r"^\| (`--.*) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
+    for name in vars(flags.parse_flags([])):
+        option = "--" + name.replace("_", "-")
+        assert f" {option} " in printed.replace("\n", " ")
+        assert re.search(f"{option}[ `]", " ".join(rows))
+
+
+def test_flags_reach_the_step(tmp_path, monkeypatch, no_pictures):
+    seen, train_step = [], step.train_step
+
+    def noting(net, *rest):
+        dropout = {m.p for m in net.modules() if isinstance(m, torch.nn.Dropout)}
+        seen.append((dropout, *rest[4:]))
+        return train_step(net, *rest)
+
+    monkeypatch.setattr(step, "train_step", noting)
+    given = ["--net", "net176k", "--dropout", "0.3", "--precision", "bf16", "--epochs", "1"]
+    given += ["--label-smoothing", "0.2", "--out", str(tmp_path / "run")]
+    assert train.main([*SMALL, *given]) == 0
+    assert seen == [({0.3}, "bf16", 0.2, 0.0)] * 3
+
+
+def test_flags_read_back():
+    args = flags.parse_flags(["--shift", "0.1", "--rgb-shift", "1", "2", "3"])
+    assert flags.policy_of(args).rgb_shift == (1, 2, 3)
+    assert flags.policy_of(args).shift == 0.1
