@@ -22,6 +22,13 @@ def model_file(path, **changes):
     return net.eval()
 
 
+def test_the_trained_net_fits_this_atrous():
+    net, content = checkpoint.load_net(Path(__file__).parents[1] / "trained" / "model.pt")
+    assert content["net"] == "atrous"
+    assert (content["classes"][0], content["classes"][9]) == ("airplane", "truck")
+    assert sum(p.numel() for p in net.parameters()) == 186_858
+
+
 def test_a_net_comes_back_as_it_was(tmp_path):
     net = model_file(tmp_path / "model.pt")
     loaded, content = checkpoint.load_net(tmp_path / "model.pt")

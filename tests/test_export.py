@@ -1,6 +1,7 @@
 import importlib.util
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -125,3 +126,15 @@ def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
     assert export.main([str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "error: onnx is missing: pip install -r requirements-extra.txt"
+
+
+def test_the_trained_net_and_its_int8_file_agree(images):
+    root = Path(__file__).parents[1] / "trained"
+    net, content = checkpoint.load_net(root / "model.pt")
+    classifier = export.Classifier(net, content["mean"], content["std"])
+    with torch.no_grad():
+        expected = classifier(images).argmax(1).numpy()
+    int8 = export.session((root / "model.int8.onnx").read_bytes())
+    same = int8(images.numpy()).argmax(1) == expected
+    assert same.mean() > 0.9
+    assert len(set(expected)) > 5
