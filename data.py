@@ -77,7 +77,7 @@ def load(
             raise UserError(f"--train-images and --holdout leave no training image of {lost}")
     mean, std = _channel_statistics(images)
     if not bool((std > 0).all()):
-        raise UserError(f"{name}: a colour channel has one value in all training images")
+        raise UserError(f"--data {source}: a colour channel has one value throughout; give others")
     tensors = [t.to(device) for t in (images, labels, *splits["test"], mean, std)]
     return Dataset(name, classes, *tensors)
 
