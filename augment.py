@@ -19,7 +19,7 @@ class Policy:
     """What is drawn for an image, and with which probability."""
 
     flip_p: float = 0.5
-    shift: float = 0.125  # largest shift, as a fraction of the width
+    shift: float = 0.125  # shifts are of whole pixels and below it: a fraction of the width
     scale: float = 0.1  # largest change of scale, x and y drawn independently
     rotate: float = 15.0  # largest angle, degrees
     affine_p: float = 0.5

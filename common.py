@@ -22,7 +22,7 @@ class UserError(Exception):
 
 
 class Terminated(BaseException):
-    """SIGTERM came: as with Ctrl-C no error, lest one be made of it."""
+    """SIGTERM came. Like KeyboardInterrupt no Exception, so that no `except Exception` takes it."""
 
 
 def going_on(folder: Path, how: str = "after the last line") -> str:
@@ -46,6 +46,7 @@ def exit_status(job: Callable[[], None]) -> int:
     SIGTERM, each with its line on stderr; 141 where nobody reads on, as in `| head`."""
 
     def end(*_: object) -> NoReturn:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut the ending short
         raise Terminated
 
     # Closed, as by `2>&-`, they are None, at which libraries fail.
@@ -94,14 +95,10 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def noting_sigterm() -> Iterator[threading.Event]:
-    """While it lasts, SIGTERM only sets the event; a second one kills the process at once."""
+    """While it lasts, SIGTERM only sets the event, however often it comes: `timeout`, say, sends it
+    to a process and to its group."""
     asked = threading.Event()
-
-    def note(*_: object) -> None:
-        asked.set()
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-    previous = signal.signal(signal.SIGTERM, note)
+    previous = signal.signal(signal.SIGTERM, lambda *_: asked.set())
     try:
         yield asked
     finally:

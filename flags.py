@@ -108,6 +108,11 @@ def make_parser() -> Parser:
     return parser
 
 
+def option(name: str) -> str:
+    """The flag, as one types it."""
+    return "--" + name.replace("_", "-")
+
+
 MAY_CHANGE = {"resume", "data", "data_dir", "device", "workers"}
 
 
@@ -115,7 +120,7 @@ def parse_flags(argv: list[str]) -> Namespace:
     """The flags; with --resume, the run's own, of which only MAY_CHANGE may be given anew."""
     for text in argv:
         if not text.isprintable():
-            raise UserError(f"{text!a}: no file of a run could name it; rename it")
+            raise UserError(f"{text!a} has characters that cannot be printed; rename it")
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.resume is None:
@@ -129,9 +134,8 @@ def parse_flags(argv: list[str]) -> Namespace:
     parser.set_defaults(**flags)
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
-        option = "--" + name.replace("_", "-")
         if name not in MAY_CHANGE and value != flags[name]:
-            raise UserError(f"{option} {value}: the run in {args.resume} has {flags[name]}")
+            raise UserError(f"{option(name)} {value}: the run in {args.resume} has {flags[name]}")
     return args
 
 
@@ -155,13 +159,12 @@ def spelled(flags: dict[str, Any]) -> list[str]:
     """As one types them."""
     argv: list[str] = []
     for name, value in flags.items():
-        option = "--" + name.replace("_", "-")
         if isinstance(value, list):
-            argv += [option, *map(str, value)]
+            argv += [option(name), *map(str, value)]
         elif value is True:
-            argv.append(option)
+            argv.append(option(name))
         elif value is not None and value is not False:
-            argv.append(f"{option}={value}")
+            argv.append(f"{option(name)}={value}")
     return argv
 
 

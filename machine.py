@@ -37,7 +37,9 @@ def choose_device(name: str) -> torch.device:
         return torch.device(name)
     number = int(os.environ.get("LOCAL_RANK", 0))  # torchrun's: one process, one GPU
     if number >= torch.cuda.device_count():
-        raise UserError(f"--device cuda: {torch.cuda.device_count()} GPUs; start as many processes")
+        raise UserError(
+            f"--device cuda: GPUs here: {torch.cuda.device_count()}; start no more processes"
+        )
     torch.cuda.set_device(number)
     return torch.device(name, number)
 

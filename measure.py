@@ -40,9 +40,9 @@ class Ceilings:
 def rates(
     ways: dict[str, Way], device: torch.device, warm_up: int, count: int, rounds: int = 5
 ) -> dict[str, float]:
-    """Batches a second of each way: the median of `rounds` times `count` batches, or of those that
-    begin within two seconds, each after `warm_up` more. The ways take turns: a machine's changes
-    of speed meet them alike."""
+    """Batches a second of each way: the median of `rounds` times `count` batches, or as many as
+    begin within two seconds, each time after `warm_up` uncounted ones. The ways take turns: a
+    machine's changes of speed meet them alike."""
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():

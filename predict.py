@@ -48,7 +48,7 @@ def named_files(arguments: list[str], failed: list[str]) -> Iterator[tuple[str, 
     for argument in arguments:
         path = Path(argument)
         if argument == "-":
-            yield "-", BytesIO(sys.stdin.buffer.read())
+            yield "-", BytesIO(sys.stdin.buffer.read() if sys.stdin else b"")  # None where closed
         elif os.path.isdir(path):  # Path.is_dir() raises where it may not look
             kinds, known = Image.registered_extensions(), formats()
             found = (f for f in path.rglob("*") if kinds.get(f.suffix.lower()) in known)

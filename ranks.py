@@ -28,7 +28,7 @@ def count() -> int:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
-    """Be one of torchrun's processes meanwhile, where it started this one."""
+    """Where torchrun started this process, be one of its group while this lasts."""
     if not dist.is_torchelastic_launched():
         yield
         return

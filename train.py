@@ -182,7 +182,8 @@ def refuse_other_images(config: dict[str, Any], dataset: data.Dataset, args: Nam
     if config.get("images") != dataset.checksum:
         raise UserError(
             f"--resume {args.resume}: that run trains on {config.get('images')}, "
-            f"not {dataset.name}'s {dataset.checksum}"
+            f"not {dataset.name}'s {dataset.checksum}; "
+            f"let --data name its own, {config.get('data')}"
         )
 
 

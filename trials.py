@@ -10,7 +10,7 @@ import flags
 import model
 import train
 import zoo
-from common import UserError
+from common import Terminated, UserError
 
 MAY_DIFFER = flags.MAY_CHANGE | {"out", "precision"}  # a run records the precision chosen
 INGREDIENTS = {  # the flags that leave one out of train.py's recipe
@@ -73,7 +73,10 @@ def train_one(given: list[str], folder: Path, args: Namespace) -> None:
     if (folder / "config.json").exists():
         refuse_another(folder, vars(flags.parse_flags(argv)))
         argv[-2] = "--resume"
-    train.run_all(flags.parse_flags(argv), argv)
+    try:
+        train.run_all(flags.parse_flags(argv), argv)
+    except (KeyboardInterrupt, Terminated) as ended:
+        raise type(ended)("the same command goes on after the last line") from ended
 
 
 def refuse_another(folder: Path, wanted: dict[str, Any]) -> None:
@@ -81,9 +84,9 @@ def refuse_another(folder: Path, wanted: dict[str, Any]) -> None:
     has = checkpoint.load_config(folder)["flags"]
     for name in wanted:
         if name not in MAY_DIFFER and has.get(name) != wanted[name]:
-            option = "--" + name.replace("_", "-")
             raise UserError(
-                f"{folder} is a run with {option} {has.get(name)}: remove it or give another --out"
+                f"{folder} is a run with {flags.option(name)} {has.get(name)}: "
+                "remove it or give another --out"
             )
 
 

@@ -195,7 +195,7 @@ def _modules(rows: list[Row], channels: int, dropout: float) -> list[nn.Module]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What was published of a net's training, as flags of train.py, and what has to be said."""
+    """What was published of a net's training, as flags of train.py, and a remark."""
 
     flags: dict[str, Any]
     note: str = ""

@@ -6,6 +6,7 @@ import pytest
 from test_data import files, png, write_tar
 
 import bench
+from common import Terminated
 from graph import trace
 from model import build
 
@@ -157,6 +158,16 @@ def test_own_recipes_and_going_on(arguments, tmp_path, capsys):
     for other, option in ((["--epochs", "2"], "--epochs 1"), (["--epochs", "1"], "--dropout 0.1")):
         assert bench.main(["nets", *other, *arguments[1:3], *arguments[5:]]) == 2
         assert option in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("end", "status"), [(KeyboardInterrupt, 130), (Terminated, 143)])
+def test_an_interrupted_comparison_says_how_to_go_on(arguments, monkeypatch, capsys, end, status):
+    def interrupted(*_):
+        raise end("--resume s0 goes on")  # as train.py's own command would
+
+    monkeypatch.setattr("train.run_all", interrupted)
+    assert bench.main(arguments) == status
+    assert capsys.readouterr().err.endswith(": the same command goes on after the last line\n")
 
 
 @pytest.mark.slow

@@ -56,11 +56,23 @@ def test_sigterm_is_no_error_that_one_could_pass_over(capsys):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
-def test_a_second_sigterm_kills_the_process():
+def test_sigterm_is_noted_however_often_it_comes():
     with common.noting_sigterm() as asked:
-        signal.raise_signal(signal.SIGTERM)
-        assert asked.is_set()
-        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        for _ in range(2):
+            signal.raise_signal(signal.SIGTERM)
+            assert asked.is_set()
+
+
+def test_a_second_sigterm_does_not_disturb_the_ending(capsys):
+    def job():
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)
+            print("ended")
+
+    assert common.exit_status(job) == 143
+    assert capsys.readouterr() == ("ended\n", "terminated\n")
 
 
 def test_the_way_on_can_be_pasted():

@@ -128,6 +128,13 @@ def test_folders_and_standard_input(run, tmp_path, capsys, monkeypatch):
     ]
 
 
+def test_closed_standard_input_is_skipped(run, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    status, results, error = classified(capsys, run, "-")
+    assert (status, results) == (1, {})
+    assert error.startswith("skipped: -: ")
+
+
 def test_as_a_command(run, tmp_path):
     """The net itself, in a process of its own; a name that is not UTF-8."""
     name = os.fsencode(tmp_path) + b"/\xff.png"

@@ -160,7 +160,9 @@ def test_before_its_first_checkpoint_too(finished, tmp_path, capsys, no_pictures
     (tmp_path / "run/config.json").write_text(config)
     other = write_tar(tmp_path / "pets.tar", files(train=120))
     assert train.main(["--resume", str(tmp_path / "run"), "--data", str(other)]) == 2
-    assert "that run trains on 120 images" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "that run trains on 120 images" in error
+    assert error.endswith(f"; let --data name its own, {json.loads(config)['data']}\n")
     assert (tmp_path / "run/config.json").read_text() == config
     assert train.main(["--resume", str(tmp_path / "run")]) == 0
     assert checkpoint.load_config(tmp_path / "run")["flags"] == json.loads(config)["flags"]
