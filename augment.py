@@ -38,7 +38,7 @@ class Policy:
 @dataclass(frozen=True)
 class Params:
     """Drawn parameters of N images. Angle, scale and shift are drawn for all, and used where
-    `affine` says so; a hole or colours that an image did not draw are 0 (`alpha` 1)."""
+    `affine` says so; a hole that an image did not draw is 0."""
 
     flip: Tensor  # bool (N,)
     affine: Tensor  # bool (N,)
@@ -46,6 +46,12 @@ class Params:
     scale: Tensor  # float32 (N, 2): x, y
     shift: Tensor  # float32 (N, 2): x, y, whole pixels
     hole: Tensor  # int64 (N, 4): x_min, y_min, x_max, y_max, the last two exclusive
+
+
+@dataclass(frozen=True)
+class Colours:
+    """Drawn changes of N images' colours; what an image did not draw is 0 (`alpha` 1)."""
+
     rgb_shift: Tensor  # float32 (N, 3), whole levels
     alpha: Tensor  # float32 (N,), contrast factor
     beta: Tensor  # float32 (N,), brightness, levels
@@ -58,38 +64,38 @@ def sample(policy: Policy, count: int, size: int, device: torch.device) -> Param
     """
     if policy.cutout > size:
         raise ValueError(f"a hole of {policy.cutout} pixels does not fit into {size}")
-
-    def symmetric(*shape: int) -> Tensor:
-        return torch.rand(count, *shape, device=device) * 2 - 1
-
-    def drawn(p: float) -> Tensor:
-        return torch.rand(count, device=device) < p
-
     smallest = min(policy.cutout, policy.cutout_min or policy.cutout)
     sides = torch.randint(smallest, policy.cutout + 1, (count, 2), device=device)
     corner = torch.randint(2**31, (count, 2), device=device) % (size - sides + 1)
     hole = torch.cat([corner, corner + sides], dim=1)
-    limits = torch.stack([torch.full((count,), v, device=device) for v in policy.rgb_shift], dim=1)
-    colour = drawn(policy.brightness_contrast_p)
     return Params(
-        flip=drawn(policy.flip_p),
-        affine=drawn(policy.affine_p),
-        angle=symmetric() * policy.rotate,
-        scale=1 + symmetric(2) * policy.scale,
-        shift=(symmetric(2) * policy.shift * size).trunc(),
-        hole=hole * drawn(policy.cutout_p).unsqueeze(1),
-        rgb_shift=(symmetric(3) * limits).trunc() * drawn(policy.rgb_shift_p).unsqueeze(1),
-        alpha=1 + symmetric() * policy.contrast * colour,
-        beta=symmetric() * policy.brightness * 255 * colour,
+        flip=_drawn(policy.flip_p, count, device),
+        affine=_drawn(policy.affine_p, count, device),
+        angle=_symmetric((count,), device) * policy.rotate,
+        scale=1 + _symmetric((count, 2), device) * policy.scale,
+        shift=(_symmetric((count, 2), device) * policy.shift * size).trunc(),
+        hole=hole * _drawn(policy.cutout_p, count, device).unsqueeze(1),
     )
 
 
-def jitter_colours(images: Tensor, params: Params) -> Tensor:
+def sample_colours(policy: Policy, count: int, device: torch.device) -> Colours:
+    """Changes of colour for `count` images, from the device's own generator."""
+    limits = torch.stack([torch.full((count,), v, device=device) for v in policy.rgb_shift], dim=1)
+    shift = (_symmetric((count, 3), device) * limits).trunc()
+    drawn = _drawn(policy.brightness_contrast_p, count, device)
+    return Colours(
+        rgb_shift=shift * _drawn(policy.rgb_shift_p, count, device).unsqueeze(1),
+        alpha=1 + _symmetric((count,), device) * policy.contrast * drawn,
+        beta=_symmetric((count,), device) * policy.brightness * 255 * drawn,
+    )
+
+
+def jitter_colours(images: Tensor, colours: Colours) -> Tensor:
     """RGB shift, then brightness and contrast, of images uint8 or float (N, 3, H, W) in 0–255
     units: float32 of whole levels in [0, 255], as albumentations computes them on uint8."""
-    shifted = (images + params.rgb_shift.view(-1, 3, 1, 1)).clamp(0, 255)
+    shifted = (images + colours.rgb_shift.view(-1, 3, 1, 1)).clamp(0, 255)
     return (
-        (shifted * params.alpha.view(-1, 1, 1, 1) + params.beta.view(-1, 1, 1, 1))
+        (shifted * colours.alpha.view(-1, 1, 1, 1) + colours.beta.view(-1, 1, 1, 1))
         .clamp(0, 255)
         .floor()
     )
@@ -148,6 +154,14 @@ def sampling_grid(theta: Tensor, size: int) -> Tensor:
     column_x, column_y, offset = (c.view(-1, 2, 1, 1) for c in theta.unbind(2))
     planes = column_x * x + (column_y * x.unsqueeze(1) + offset)
     return planes.permute(0, 2, 3, 1)
+
+
+def _symmetric(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.rand(shape, device=device) * 2 - 1
+
+
+def _drawn(p: float, count: int, device: torch.device) -> Tensor:
+    return torch.rand(count, device=device) < p
 
 
 def _where(drawn: Tensor, change: Callable[..., Tensor], images: Tensor, *params: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ranks
-from augment import Policy, apply, jitter_colours, sample
+from augment import Policy, apply, jitter_colours, sample, sample_colours
 from data import Dataset, normalize
 from optimise import Training
 
@@ -24,9 +24,9 @@ def prepared(images: Tensor, policy: Policy | None, mean: Tensor, std: Tensor) -
     where there is a policy."""
     if policy is None:
         return normalize(images, mean, std)
-    params = sample(policy, len(images), images.shape[-1], images.device)
     if policy.rgb_shift_p or policy.brightness_contrast_p:
-        images = jitter_colours(images, params)
+        images = jitter_colours(images, sample_colours(policy, len(images), images.device))
+    params = sample(policy, len(images), images.shape[-1], images.device)
     fill = mean.view(-1, 1, 1) if policy.fill is None else policy.fill
     return normalize(apply(images, params, fill, policy.border), mean, std)
 

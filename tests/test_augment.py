@@ -26,6 +26,7 @@ from augment import (
     inverse_matrix,
     jitter_colours,
     sample,
+    sample_colours,
     sampling_grid,
 )
 from reference import A
@@ -46,7 +47,7 @@ def params():
 
 
 def some(params, index):
-    return Params(**{name: values[index] for name, values in vars(params).items()})
+    return type(params)(**{name: values[index] for name, values in vars(params).items()})
 
 
 def by_albumentations(images, params, border, dtype, fill):
@@ -145,10 +146,10 @@ def test_colours_equal_albumentations(images):
         contrast=0.2,
         brightness_contrast_p=0.6,
     )
-    params = sample(policy, len(images), 32, CPU)
-    result = jitter_colours(images, params)
+    colours = sample_colours(policy, len(images), CPU)
+    result = jitter_colours(images, colours)
     for index, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
-        one = some(params, index)
+        one = some(colours, index)
         # a quarter of a level more, which truncates back: a whole level / 255 · 255 may round down
         shifts = ((one.rgb_shift + 0.25 * one.rgb_shift.sign()) / 255).tolist()
         if any(shifts):
@@ -164,9 +165,12 @@ def test_colours_equal_albumentations(images):
 
 def test_what_draws_nothing_is_untouched(images):
     torch.manual_seed(3)
-    params = sample(Policy(flip_p=0, affine_p=0, cutout_p=0), 1000, 32, CPU)
-    assert torch.equal(ours(images, params), images.float())
-    assert torch.equal(jitter_colours(images, params), images.float())
+    nothing = Policy(
+        flip_p=0, affine_p=0, cutout_p=0, brightness=1, contrast=1, rgb_shift=(9, 9, 9)
+    )
+    assert torch.equal(ours(images, sample(nothing, 1000, 32, CPU)), images.float())
+    colours = sample_colours(nothing, 1000, CPU)
+    assert torch.equal(jitter_colours(images, colours), images.float())
 
 
 def test_any_unit(images, params):
@@ -207,10 +211,7 @@ def test_unknown_border_is_an_error(images, params):
 @pytest.fixture(scope="module")
 def draws():
     torch.manual_seed(5)
-    colours = {"rgb_shift": (99, 99, 99), "brightness": 0.2, "contrast": 0.2}
-    shares = {"flip_p": 0.3, "affine_p": 0.4, "cutout_p": 0.6}
-    shares |= {"rgb_shift_p": 0.2, "brightness_contrast_p": 0.8}
-    return sample(Policy(**colours, **shares), DRAWS, 32, CPU)
+    return sample(Policy(flip_p=0.3, affine_p=0.4, cutout_p=0.6), DRAWS, 32, CPU)
 
 
 @pytest.fixture(scope="module")
@@ -255,12 +256,21 @@ def test_shifts_are_drawn_as_albumentations_does(draws, albumentations_draws):
 
 
 def test_probabilities(draws):
-    geometry = draws.flip, draws.affine, draws.hole.any(1)
-    drawn = torch.stack([*geometry, draws.rgb_shift.any(1), draws.alpha != 1])
-    for count, p in zip(drawn.sum(1).tolist(), (0.3, 0.4, 0.6, 0.2, 0.8), strict=True):
+    assert_drawn(torch.stack([draws.flip, draws.affine, draws.hole.any(1)]), (0.3, 0.4, 0.6))
+
+
+def test_probabilities_of_colours():
+    torch.manual_seed(7)
+    limits = {"rgb_shift": (99, 99, 99), "brightness": 0.2, "contrast": 0.2}
+    drawn = sample_colours(Policy(**limits, rgb_shift_p=0.2, brightness_contrast_p=0.8), DRAWS, CPU)
+    assert_drawn(torch.stack([drawn.rgb_shift.any(1), drawn.alpha != 1]), (0.2, 0.8))
+    assert torch.equal(drawn.alpha != 1, drawn.beta != 0)
+
+
+def assert_drawn(rows, probabilities):
+    for count, p in zip(rows.sum(1).tolist(), probabilities, strict=True):
         assert stats.binomtest(count, DRAWS, p).pvalue > ALPHA
-    assert independent(drawn)
-    assert torch.equal(draws.alpha != 1, draws.beta != 0)
+    assert independent(rows)
 
 
 def independent(rows):
@@ -301,7 +311,7 @@ def test_holes_of_any_size_are_drawn_as_albumentations_does():
 def test_colour_parameters():
     torch.manual_seed(6)
     colour = {"rgb_shift": (10, 5, 0), "brightness": 0.2, "contrast": 0.3}
-    drawn = sample(Policy(**colour, rgb_shift_p=1, brightness_contrast_p=1), DRAWS, 32, CPU)
+    drawn = sample_colours(Policy(**colour, rgb_shift_p=1, brightness_contrast_p=1), DRAWS, CPU)
     assert uniform_p(drawn.alpha, 0.7, 1.3) > ALPHA
     assert uniform_p(drawn.beta, -51, 51) > ALPHA
     for channel, limit in enumerate((10, 5)):
