@@ -108,7 +108,8 @@ def device_name(device: torch.device) -> str:
 
 def versions() -> dict[str, str | None]:
     here = Path(__file__).parent
-    git = ["git", "-C", str(here), "describe", "--always", "--dirty", "--exclude=*"]
+    git = ["git", "-C", str(here), "--git-dir=.git"]  # no repository around this one
+    git += ["describe", "--always", "--dirty", "--exclude=*"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

@@ -38,10 +38,13 @@ from machine import choose_device, choose_precision, device_name, keep_freed_mem
 from optimise import Training, make_training
 
 
-def run(args: Namespace, command: str, dataset: data.Dataset, start: float) -> dict[str, Any]:
+def run(
+    args: Namespace, command: str, dataset: data.Dataset, start: float, way_on: str | None = None
+) -> dict[str, Any]:
     """Train one net from its start or checkpoint to its results: the content of `summary.json`.
 
-    `start` is the reading of `time.perf_counter` that total_seconds counts from.
+    `start` is the reading of `time.perf_counter` that total_seconds counts from; `way_on`, what to
+    say of how to go on where something stops it, if that is not to resume this very run.
     """
     if args.batch_size % ranks.count():
         raise UserError(
@@ -60,7 +63,8 @@ def run(args: Namespace, command: str, dataset: data.Dataset, start: float) -> d
     steps = len(dataset.train_images) // args.batch_size
     training = make_training(net, args, device, steps)
     folder = Path(args.resume or run_folder(args, dataset.name))
-    with alone_in(folder, device), ending_in_one_line(args, folder, device):
+    way_on = way_on or going_on(folder)
+    with alone_in(folder, device), ending_in_one_line(args, device, way_on):
         if args.resume and (folder / "last.pt").exists():
             resume(training, folder, dataset, args)
             if len(training.history) == args.epochs and (folder / "summary.json").exists():
@@ -145,16 +149,16 @@ def alone_in(folder: Path, device: torch.device) -> Iterator[None]:
 
 
 @contextmanager
-def ending_in_one_line(args: Namespace, folder: Path, device: torch.device) -> Iterator[None]:
+def ending_in_one_line(args: Namespace, device: torch.device, way_on: str) -> Iterator[None]:
     """Has what stops a run say in one line how to go on."""
     try:
         yield
     except (KeyboardInterrupt, Terminated) as ended:
-        raise type(ended)(going_on(folder)) from ended
+        raise type(ended)(way_on) from ended
     except BrokenPipeError:  # for whoever pipes the run
         raise
     except OSError as error:  # a full disk, say
-        raise UserError(f"{error}; {going_on(folder)}") from error
+        raise UserError(f"{error}; {way_on}") from error
     except (RuntimeError, MemoryError) as error:
         if args.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise UserError(f"--compile: {first_line(error)}; train without it") from error
@@ -270,17 +274,14 @@ def repeat(args: Namespace, command: str, dataset: data.Dataset) -> None:
         else:
             facts = {"data": dataset.name, "images": dataset.checksum, "command": command}
             write_config(base, {"flags": vars(args), **facts}, device)
-        summaries = []
+        summaries, way_on = [], going_on(base, "with this seed and the rest")
         for seed, folder in folders.items():
             own = {"seed": seed, "repeat": 1, "out": str(folder), "resume": None}
             if (folder / "last.pt").exists():
                 precision = checkpoint.load_config(folder)["flags"]["precision"]  # as it was chosen
                 own |= {"resume": str(folder), "precision": precision}
             each = Namespace(**vars(args) | own)
-            try:
-                summaries.append(run(each, command, dataset, time.perf_counter()))
-            except (KeyboardInterrupt, Terminated) as ended:
-                raise type(ended)(going_on(base, "with this seed and the rest")) from ended
+            summaries.append(run(each, command, dataset, time.perf_counter(), way_on))
         if ranks.rank() == 0:
             report.write_repeats(base, summaries)
 

@@ -74,6 +74,11 @@ def test_the_best_device_and_its_precision(monkeypatch):
     assert machine.choose_precision("auto", torch.device("mps")) == "fp32"
 
 
+def test_a_repository_around_the_files_is_not_theirs(monkeypatch):
+    monkeypatch.setattr(machine, "__file__", __file__)
+    assert machine.versions()["commit"] is None
+
+
 @pytest.fixture
 def kernels_anew():
     machine._kernels_on.cache_clear()

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import signal
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -263,6 +264,10 @@ def test_seeds_that_were_interrupted(tmp_path, monkeypatch, capsys, no_pictures)
         patch.setattr(epochs, "run_epoch", interrupted)
         assert train.main([*arguments, str(folder)]) == 130
     assert f"--resume {folder} goes on" in capsys.readouterr().err.splitlines()[-1]
+    with monkeypatch.context() as patch:
+        patch.setattr(epochs, "run_epoch", Mock(side_effect=OSError("the disk is full")))
+        assert train.main(["--resume", str(folder)]) == 2
+    assert f"the disk is full; --resume {folder} goes on" in capsys.readouterr().err
     assert train.main([*arguments, str(folder)]) == 2
     before = (folder / "s0/metrics.jsonl").read_text()
     choose, asked = train.choose_precision, []
