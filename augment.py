@@ -126,8 +126,8 @@ def apply(
     def cut(images: Tensor, hole: Tensor) -> Tensor:
         return torch.where(_inside(hole, size), fill, images)
 
-    images = _where(params.flip, lambda images: images.flip(3), images.clone())
-    images = images.float()
+    images = images.to(torch.float32, copy=True)
+    images = _where(params.flip, lambda images: images.flip(3), images)
     images = _where(params.affine, warp, images, inverse_matrix(params, size))
     return _where(params.hole[:, 2] > 0, cut, images, params.hole)
 
