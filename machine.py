@@ -44,6 +44,12 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name, number)
 
 
+def be_deterministic(always: bool) -> None:
+    """Where it is not so yet: the switch imports torch.compile, 150 MiB and a second or two."""
+    if always != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(always)
+
+
 def keep_freed_memory() -> None:
     """Have glibc keep what tensors free for the next ones. Left alone it returns large blocks to
     the kernel, which maps and clears their pages anew in every step."""

@@ -3,6 +3,7 @@
 from argparse import Namespace
 from collections import defaultdict
 from dataclasses import dataclass, field
+from inspect import unwrap
 from typing import Any
 
 import torch
@@ -95,13 +96,19 @@ class Muon(torch.optim.SGD):
     torch.optim.Muon takes nothing but matrices and reads rates on the host, as no CUDA graph can.
     """
 
+    # Without what hides them from torch.compile, and imports it: 150 MiB, and a second or two.
+    add_param_group = unwrap(torch.optim.SGD.add_param_group)
+    zero_grad = unwrap(torch.optim.SGD.zero_grad)
+    state_dict = unwrap(torch.optim.SGD.state_dict)
+    load_state_dict = unwrap(torch.optim.SGD.load_state_dict)
+
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         for group in self.param_groups:
             kernels = [kernel for kernel in group["params"] if kernel.grad is not None]
             if kernels and "muon_momentum" in group:
                 self._make_orthogonal(kernels, group["muon_momentum"])
-        super().step(closure)
+        unwrap(torch.optim.SGD.step)(self, closure)
 
     def _make_orthogonal(self, kernels: list[Tensor], momentum: float) -> None:
         gradients = [kernel.grad for kernel in kernels]

@@ -34,7 +34,14 @@ import report
 import step
 from common import Terminated, UserError, exit_status, first_line, going_on, is_out_of_memory
 from flags import describe_recipe, identity, parse_flags
-from machine import choose_device, choose_precision, device_name, keep_freed_memory, versions
+from machine import (
+    be_deterministic,
+    choose_device,
+    choose_precision,
+    device_name,
+    keep_freed_memory,
+    versions,
+)
 from optimise import Training, make_training
 
 
@@ -238,7 +245,7 @@ def run_all(args: Namespace, argv: list[str]) -> None:
 def run_seeds(args: Namespace, argv: list[str], device: torch.device) -> None:
     if args.out and not args.resume:
         refuse_existing(Path(args.out), device)
-    torch.use_deterministic_algorithms(args.deterministic)
+    be_deterministic(args.deterministic)
     keep_freed_memory()
     start = time.perf_counter()
     with ranks.main_first():

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import data
 import epochs
 import flags
+import machine
 import model
 import step
 from augment import Policy
@@ -31,11 +32,11 @@ def settings(net: str, batch_size: int, precision: str, *argv: str) -> Namespace
 def training(dataset: data.Dataset, args: Namespace, radius: float = 0.0) -> Way:
     """train.py's own steps; sharpness-aware ones with a radius."""
     learner = _learner(dataset, args)
-    torch.use_deterministic_algorithms(args.deterministic)
+    machine.be_deterministic(args.deterministic)
     take_step = step.make_step(learner, dataset, args, radius)
 
     def way() -> Iterator[Tensor]:
-        torch.use_deterministic_algorithms(args.deterministic)
+        machine.be_deterministic(args.deterministic)
         learner.net.train()
         while True:
             for inputs, labels in epochs.training_batches(dataset, args):

@@ -253,10 +253,16 @@ def test_the_last_quarter_is_sharpness_aware(flag, radii, tmp_path, no_pictures,
     assert prepared == list(zip([0, 5], radii, strict=False))
 
 
-def test_what_a_run_may_not_need_is_not_imported():
-    code = "import sys, train; print({'albumentations', 'matplotlib', 'onnx'} & {*sys.modules})"
+def test_what_a_run_may_not_need_is_not_imported(tmp_path):
+    arguments = [*SMALL, "--epochs", "1", "--net", "net136k", "--out", str(tmp_path / "run")]
+    code = (
+        "import sys, train\n"
+        "print({'albumentations', 'matplotlib', 'onnx'} & {*sys.modules})\n"
+        f"print(train.main({arguments}), 'torch._dynamo' in sys.modules)"
+    )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert run.stdout == "set()\n", run.stderr
+    first, *_, last = run.stdout.splitlines()
+    assert (first, last) == ("set()", "0 False"), run.stderr
 
 
 def test_deterministic_algorithms_where_asked_for(tmp_path, no_pictures):
