@@ -128,6 +128,16 @@ def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
     assert line == "error: onnx is missing: pip install -r requirements-extra.txt"
 
 
+def test_two_products_of_int8_fit_into_16_bits(exported):
+    import onnx
+    from onnx.numpy_helper import to_array
+
+    for folder in (exported, Path(__file__).parents[1] / "trained"):
+        weights = map(to_array, onnx.load(folder / "model.int8.onnx").graph.initializer)
+        largest = max(np.abs(w.astype(int)).max() for w in weights if w.dtype == np.int8)
+        assert 32 < largest <= 64
+
+
 def test_the_trained_net_and_its_int8_file_agree(images):
     root = Path(__file__).parents[1] / "trained"
     net, content = checkpoint.load_net(root / "model.pt")
