@@ -187,17 +187,17 @@ def epoch_ways(dataset: data.Dataset, net: str, precision: str) -> dict[str, flo
 
 
 def format_rows(rows: list[dict[str, Any]]) -> str:
-    """In seconds an epoch; the epoch to its floor, and what its phases leave of it: time in which
-    the device has nothing to do."""
+    """In seconds an epoch; the epoch to its floor, and the share of it that its phases, timed by
+    themselves, leave: on a GPU time in which it has nothing to do, else chance."""
     names = ["epoch", *rows[0]["phases_seconds"], "floor"]
-    lines = ["batch " + " ".join(f"{name:>7}" for name in names) + "   to it  idle    memory"]
+    lines = ["batch " + " ".join(f"{name:>7}" for name in names) + "   to it   left    memory"]
     for row in rows:
         epoch, phases, floor = (row[f"{n}_seconds"] for n in ("epoch", "phases", "floor"))
         columns = zip(names, [epoch, *phases.values(), floor], strict=True)
         figures = " ".join(f"{each:{max(len(name), 7)}.3f}" for name, each in columns)
-        idle = max(0.0, 1 - sum(phases.values()) / epoch)
+        left = 1 - sum(phases.values()) / epoch
         lines.append(
-            f"{row['batch_size']:5d} {figures} {epoch / floor:5.1f} × {idle:5.1%} "
+            f"{row['batch_size']:5d} {figures} {epoch / floor:5.1f} × {left:6.1%} "
             f"{row['peak_memory_bytes'] / 2**20:5,.0f} MiB"
         )
     return "\n".join(lines)

@@ -187,7 +187,7 @@ def export(run: Path, int8: bool) -> None:
     difference = np.abs(in_batches(session(blob), some) - expected).max()
     if not difference <= TOLERANCE:
         raise UserError(f"onnxruntime differs from PyTorch by {difference:.1e}: nothing is written")
-    print(f"{len(some):,} test images: at most {difference:.1e} from PyTorch's probabilities")
+    print(f"{len(some):,} images tested on: at most {difference:.1e} from PyTorch's probabilities")
     models = {"model.onnx": blob}
     if int8:
         models["model.int8.onnx"] = to_int8(blob, drawn(dataset.train_images.numpy()))
@@ -199,7 +199,7 @@ def export(run: Path, int8: bool) -> None:
         alone, together = median_seconds(classify, batch[:1]), median_seconds(classify, batch)
         print(
             f"{run / name}: {len(model) / 1000:.0f} kB\n"
-            f"  {right.mean():.2%} of {len(images):,} test images of {dataset.name}\n"
+            f"  {right.mean():.2%} of the {len(images):,} images of {dataset.name} tested on\n"
             f"  on one CPU core {1000 * alone:.1f} ms for one image, "
             f"{len(batch) / together:,.0f} images/s in batches of {len(batch)}"
         )

@@ -6,6 +6,7 @@ python predict.py RUN IMAGE… [--top 3] [--json]
 import json
 import os
 import sys
+import warnings
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
 from io import BytesIO
@@ -49,7 +50,7 @@ def named_files(arguments: list[str], failed: list[str]) -> Iterator[tuple[str, 
         path = Path(argument)
         if argument == "-":
             yield "-", BytesIO(sys.stdin.buffer.read() if sys.stdin else b"")  # None where closed
-        elif os.path.isdir(path):  # Path.is_dir() raises where it may not look
+        elif os.path.isdir(argument):  # Path.is_dir() raises where it may not look
             kinds, known = Image.registered_extensions(), formats()
             found = (f for f in path.rglob("*") if kinds.get(f.suffix.lower()) in known)
             shown = (f for f in found if not any(map(is_hidden, f.relative_to(path).parts)))
@@ -93,6 +94,7 @@ def classify(args: Namespace) -> bool:
     classes = content["classes"]
     mean, std = (torch.tensor(content[key], device=device) for key in ("mean", "std"))
     failed: list[str] = []
+    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a photo may be that large
     images = readable(args.images, failed)
     results = []
     while batch := list(islice(images, BATCH)):

@@ -91,9 +91,9 @@ def test_the_figures_it_prints(exported, capsys):
     net, _ = checkpoint.load_net(exported / "model.pt")
     right = step.predict_logits(net, dataset, "fp32").argmax(1) == dataset.test_labels
     file = exported / "model.onnx"
-    assert first.startswith("200 test images")
+    assert first.startswith("200 images tested on")
     assert lines[0] == f"{file}: {file.stat().st_size / 1000:.0f} kB"
-    assert lines[1].strip() == f"{right.float().mean():.2%} of 200 test images of synthetic"
+    assert lines[1].strip() == f"{right.float().mean():.2%} of the 200 images of synthetic tested on"
     assert re.fullmatch(r"  on one CPU core \S+ ms for one image, \S+ images/s .* of 100", lines[2])
 
 

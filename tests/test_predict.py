@@ -191,6 +191,25 @@ def test_what_would_start_a_program_or_is_hidden_is_not_read(run, tmp_path, caps
     assert skipped == [f"skipped: {tmp_path}/{x}.jpg: of no known format" for x in "aad"]
 
 
+def test_what_decodes_to_too_much_is_skipped(run, tmp_path, capsys, monkeypatch, recwarn):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # Pillow warns from there on
+    large = save(tmp_path / "large.png", (9, 250, 9), size=(150, 100))
+    larger = save(tmp_path / "larger.png", (9, 250, 9), size=(150, 150))
+    status, results, error = classified(capsys, run, large, larger)
+    assert (status, list(results)) == (1, [large])
+    assert error.startswith(f"skipped: {larger}: ")
+    assert error.count("\n") == 1
+    assert not recwarn.list
+
+
+def test_an_empty_name_is_not_the_current_folder(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "good.png", (9, 250, 9))
+    status, results, error = classified(capsys, run, "")
+    assert (status, results) == (1, {})
+    assert error.startswith("skipped: : ")
+
+
 def test_a_path_too_long_costs_no_other(run, tmp_path, capsys):
     good = save(tmp_path / "good.png", (9, 250, 9))
     status, results, error = classified(capsys, run, "x" * 300, good)
