@@ -90,10 +90,11 @@ def test_the_figures_it_prints(exported, capsys):
     dataset = checkpoint.load_data(exported, torch.device("cpu"))
     net, _ = checkpoint.load_net(exported / "model.pt")
     right = step.predict_logits(net, dataset, "fp32").argmax(1) == dataset.test_labels
+    share = right.float().mean()
     file = exported / "model.onnx"
     assert first.startswith("200 images tested on")
     assert lines[0] == f"{file}: {file.stat().st_size / 1000:.0f} kB"
-    assert lines[1].strip() == f"{right.float().mean():.2%} of the 200 images of synthetic tested on"
+    assert lines[1].strip() == f"{share:.2%} of the 200 images of synthetic tested on"
     assert re.fullmatch(r"  on one CPU core \S+ ms for one image, \S+ images/s .* of 100", lines[2])
 
 
