@@ -1,8 +1,8 @@
 """Triton kernels for mirrored layers, where a GPU's time went: BatchNorm with what comes behind it,
 and the weights of convolutions.
 
-Maps are channels-last: matrices with a row for each pixel. No sum depends on which program ends
-first: the same inputs give the same bits.
+Maps are channels-last: matrices with a row for each half of a pixel's channels. No sum depends on
+which program ends first: the same inputs give the same bits.
 """
 
 import torch
@@ -46,9 +46,9 @@ class _Norm(torch.autograd.Function):
         x = x.contiguous(memory_format=LAST)
         skip = None if skip is None else skip.contiguous(memory_format=LAST)
         shape = _Shape(x, len(weight))
-        partial = x.new_empty(shape.programs, 2, shape.channels, dtype=torch.float32)
+        partial = x.new_empty(2, shape.channels, shape.programs, dtype=torch.float32)
         _moments[shape.programs,](x, partial, shape.rows, **shape.tile)
-        saved = torch.empty_like(partial[0])
+        saved = partial.new_empty(2, shape.channels)
         blocks = triton.cdiv(shape.channels, 16)
         counts = shape.channels, shape.programs, shape.rows
         _settle[blocks,](x, partial, saved, *(running or [None] * 3), *counts, momentum, eps)
@@ -64,12 +64,12 @@ class _Norm(torch.autograd.Function):
         x, saved, weight, y = ctx.saved_tensors
         dy = dy.contiguous(memory_format=LAST)
         shape = _Shape(x, len(weight))
-        partial = x.new_empty(shape.programs, 2, shape.channels, dtype=torch.float32)
+        partial = x.new_empty(2, shape.channels, shape.programs, dtype=torch.float32)
         cut = torch.empty_like(x) if ctx.skips else None
         _gradient_sums[shape.programs,](dy, y, cut, x, saved, partial, shape.rows, **shape.tile)
         if ctx.skips:
             dy, y = cut, None
-        sums = partial.sum(0)
+        sums = partial.sum(2)
         dx = torch.empty_like(x)
         _gradient[shape.tiles,](dy, y, x, saved, sums, weight, dx, shape.rows, **shape.tile)
         return dx, dy if ctx.skips else None, sums[1], sums[0], None, None, None
@@ -106,7 +106,7 @@ def _let_through(dy, y, at, there):
 
 @triton.jit
 def _moments(x, partial, rows, C: constexpr, ROWS: constexpr, BLOCK: constexpr):
-    """Sums of x (rows, C) less its first row, and of the squares: partial (programs, 2, C)."""
+    """Sums of x (rows, C) less its first row, and of the squares: partial (2, C, programs)."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     column = tl.arange(0, BLOCK)
     first = vector(x, column, C)
@@ -119,9 +119,9 @@ def _moments(x, partial, rows, C: constexpr, ROWS: constexpr, BLOCK: constexpr):
         value = tl.where(there, value - first, 0)
         sums += value
         squares += value * value
-    partial += program * 2 * C + column
+    partial += column * programs + program
     tl.store(partial, tl.sum(sums, 0), mask=column < C)
-    tl.store(partial + C, tl.sum(squares, 0), mask=column < C)
+    tl.store(partial + C * programs, tl.sum(squares, 0), mask=column < C)
 
 
 @triton.jit(do_not_specialize=["C", "programs", "rows"])
@@ -132,10 +132,10 @@ def _settle(x, partial, saved, running_mean, running_var, count, C, programs, ro
     program = tl.arange(0, PROGRAMS)
     there = column < C
     known = (program < programs)[:, None] & there
-    at = program[:, None] * 2 * C + column
+    at = column * programs + program[:, None]
     shift = tl.sum(matrix(partial, at, known), 0) / rows
     mean = matrix(x, column, there) + shift
-    var = tl.sum(matrix(partial + C, at, known), 0) / rows - shift * shift
+    var = tl.sum(matrix(partial + C * programs, at, known), 0) / rows - shift * shift
     tl.store(saved + column, mean, mask=there)
     tl.store(saved + C + column, 1 / tl.sqrt(var + eps), mask=there)
     if running_mean is not None:
@@ -168,7 +168,7 @@ def _gradient_sums(
     dy, y, cut, x, saved, partial, rows, C: constexpr, ROWS: constexpr, BLOCK: constexpr
 ):
     """Sums of dy, where the ReLU's output y let it through, and of its products with normalised x:
-    partial (programs, 2, C). Such a dy is kept in `cut`, if that is given."""
+    partial (2, C, programs). Such a dy is kept in `cut`, if that is given."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     column = tl.arange(0, BLOCK)
     mean, scale = vector(saved, column, C), vector(saved + C, column, C)
@@ -183,9 +183,9 @@ def _gradient_sums(
             tl.store(cut + at, gradient, mask=there)
         sums += gradient
         products += gradient * (matrix(x, at, there) - mean) * scale
-    partial += program * 2 * C + column
+    partial += column * programs + program
     tl.store(partial, tl.sum(sums, 0), mask=column < C)
-    tl.store(partial + C, tl.sum(products, 0), mask=column < C)
+    tl.store(partial + C * programs, tl.sum(products, 0), mask=column < C)
 
 
 @triton.jit
@@ -210,10 +210,7 @@ class _Mirrored(torch.autograd.Function):
     ) -> Tensor:
         outputs, inputs, kernel, _ = alike.shape
         shape = 2 * outputs, inputs * (1 if differing is None else 2), kernel, kernel
-        if shape[1] == 1:  # depthwise: channels next to each other, as _window reads them
-            weight = alike.new_empty(kernel, kernel, 1, shape[0], dtype=dtype).permute(3, 2, 0, 1)
-        else:
-            weight = torch.empty(shape, dtype=dtype, device=alike.device, memory_format=LAST)
+        weight = torch.empty(shape, dtype=dtype, device=alike.device, memory_format=LAST)
         grid = (triton.cdiv(weight.numel(), 256),)
         _spread[grid](alike, differing, weight, *alike.shape[:3], *alike.stride(), *weight.stride())
         ctx.save_for_backward(alike)

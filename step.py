@@ -93,10 +93,10 @@ def uphill(net: nn.Module, radius: float) -> Iterator[None]:
     over them all, and BatchNorm keeps no statistics. They are put back, bit for bit."""
     weights = [p for p in net.parameters() if p.grad is not None]
     gradients = [p.grad for p in weights]
-    before = [p.detach().clone() for p in weights]
     norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
     length = nn.utils.get_total_norm(gradients).clamp(min=1e-12)
     with torch.no_grad():
+        before = torch._foreach_mul(weights, 1)  # copies: a GPU makes them all in a few launches
         torch._foreach_add_(weights, torch._foreach_mul(gradients, radius / length))
     del gradients  # lest they outlive the next zero_grad
     for norm in norms:

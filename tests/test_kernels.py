@@ -174,14 +174,16 @@ for module in (depthwise, mirror):
     module.triton_kernels = lambda _: kernels
 net = model.build("atrous", 10).to(memory_format=torch.channels_last)
 depthwise.take_over(net)
-net(torch.randn(2, 3, 32, 32)).sum().backward()
+torch.is_autocast_enabled, torch.get_autocast_dtype = lambda _: True, lambda _: torch.bfloat16
+net[:-1](torch.randn(2, 3, 32, 32, dtype=torch.bfloat16)).sum().backward()
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU compiles and runs them")
 def test_every_kernel_compiles_for_a_gpu(tmp_path):
-    """What Triton interprets it need not compile: here it does, for an H100, and runs nothing."""
+    """What Triton interprets it need not compile: here it does, for an H100, in bf16, and runs
+    nothing."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", COMPILE]
     root = Path(__file__).parents[1]
