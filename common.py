@@ -109,8 +109,9 @@ def noting_sigterm() -> Iterator[threading.Event]:
 def written_whole(path: Path, ending: str = ".tmp") -> Iterator[BinaryIO]:
     """Open `path` for writing so that it appears whole or, on any failure, stays as it was.
 
-    A kill at any byte leaves the previous file, and at worst one with the `ending` beside it that
-    the next writing replaces. Raises OSError where the folder cannot be written.
+    A kill at any byte leaves the previous file, and at worst one with the `ending` beside it,
+    which the next writing with that ending replaces. Raises OSError where the folder cannot be
+    written.
     """
     temporary = path.with_name(path.name + ending)
     try:

@@ -135,6 +135,7 @@ def run_epochs(training: Training, dataset: data.Dataset, args: Namespace, folde
             wanted = sam_radius(args, len(training.history) + 1)
             if radius != wanted:
                 radius, begun = wanted, time.perf_counter()
+                take_step = None  # a CUDA graph's memory is free before the next is captured
                 take_step = step.make_step(training, dataset, args, radius)
                 training.elapsed += time.perf_counter() - begun
             run_epoch(training, take_step, dataset, args, bar)

@@ -42,6 +42,7 @@ def make_parser() -> Parser:
         description="Train a CIFAR-10 net of fewer than 200,000 parameters.",
     )
     count, share = number(int, 1, 10**9), number(float, 0, 1)
+    largest = 1e30  # a float32, after Muon's factors too
     flag = parser.add_argument_group("data").add_argument
     flag("--data", default="auto", help="auto, cifar10, synthetic, or a folder or archive")
     flag("--data-dir", default="data", help="where CIFAR-10 lies or is downloaded to")
@@ -57,11 +58,12 @@ def make_parser() -> Parser:
     flag("--epochs", type=count, default=40, help="passes over the training images")
     flag("--batch-size", type=count, default=256, help="images a step, of all processes")
     flag("--optimizer", choices=("muon", "sgd"), default="muon", help="muon: for dense and 1×1")
-    flag("--lr", type=number(float, 0, above=True), default=0.4, help="SGD's largest; Muon's: 1/10")
+    rate = number(float, 0, largest, above=True)
+    flag("--lr", type=rate, default=0.4, help="SGD's largest; Muon's: 1/10")
     schedules = ("onecycle", "cyclic", "step")
     flag("--schedule", choices=schedules, default="onecycle", help="of the learning rate")
     flag("--momentum", type=number(float, 0, 0.999), default=0.9, help="Nesterov's")
-    flag("--weight-decay", type=number(float, 0), default=5e-4, help="Muon's: × 200")
+    flag("--weight-decay", type=number(float, 0, largest), default=5e-4, help="Muon's: × 200")
     flag("--label-smoothing", type=share, default=0.0, help="share spread over all classes")
     flag("--sam", type=number(float, 0), default=0.1, help="radius in the last quarter of epochs")
     flag("--target", type=share, help="report when test accuracy reached this fraction")

@@ -4,6 +4,7 @@ Each holds the whole data set and computes its share of every batch; the gradien
 BatchNorm normalises by each process's own share. With one process all of this is idle.
 """
 
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -50,7 +51,8 @@ def main_first() -> Iterator[None]:
 
 
 def by_main(job: Callable[[], object], device: torch.device) -> None:
-    """Have process 0 do what it alone does. Where it fails, each process ends with its own line."""
+    """Have process 0 do what it alone does. Where a mistake or the disk ends it, each process ends
+    with its own line."""
     failed = None
     try:
         if rank() == 0:
@@ -94,6 +96,12 @@ def total(tensor: Tensor) -> Tensor:
 def any_says(word: bool, device: torch.device) -> bool:
     """Whether one of the processes says so."""
     return bool(total(torch.tensor(int(word), device=device)))
+
+
+def differ(text: str, device: torch.device) -> bool:
+    """Whether the processes have different texts."""
+    own = zlib.crc32(text.encode())
+    return any_says(int(total(torch.tensor(own, device=device))) != count() * own, device)
 
 
 def own_streams() -> None:

@@ -48,7 +48,8 @@ from optimise import Training, make_training
 def run(
     args: Namespace, command: str, dataset: data.Dataset, start: float, way_on: str | None = None
 ) -> dict[str, Any]:
-    """Train one net from its start or checkpoint to its results: the content of `summary.json`.
+    """Train one net from its start or checkpoint to its results: the content of `summary.json`,
+    or, in other processes than the first, its facts alone.
 
     `start` is the reading of `time.perf_counter` that total_seconds counts from; `way_on`, what to
     say of how to go on where something stops it, if that is not to resume this very run.
@@ -74,12 +75,12 @@ def run(
     with alone_in(folder, device), ending_in_one_line(args, device, way_on):
         if args.resume and (folder / "last.pt").exists():
             resume(training, folder, dataset, args)
-            if len(training.history) == args.epochs and (folder / "summary.json").exists():
-                print(f"{folder} has all its {args.epochs} epochs")
-                return checkpoint.load_summary(folder)
             start -= training.elapsed
-        else:
+        elif not (folder / "summary.json").exists():
             write_config(folder, {"flags": vars(args) | {"resume": None}, **facts}, device)
+        if (folder / "summary.json").exists():
+            print(f"{folder} has all its {args.epochs} epochs")
+            return checkpoint.load_summary(folder)
         report.announce(facts, dataset, folder)
         if args.recipe is not None:
             print(describe_recipe(args))
@@ -131,8 +132,8 @@ def facts_of(
 @contextmanager
 def alone_in(folder: Path, device: torch.device) -> Iterator[None]:
     """Hold a run's folder, made where it is missing, against other processes that would write
-    there. Raises UserError where one does. Windows and some network file systems know no such
-    locks."""
+    there. Raises UserError where one does; the loader's workers of a killed one do for another five
+    seconds. Windows and some network file systems know no such locks."""
     with ExitStack() as held:
 
         def hold() -> None:
@@ -172,7 +173,8 @@ def ending_in_one_line(args: Namespace, device: torch.device, way_on: str) -> It
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            f"--batch-size {args.batch_size}: {device} is out of memory; try a smaller one"
+            f"--batch-size {args.batch_size}: {device} is out of memory; begin with a smaller one, "
+            f"or free some: {way_on}"
         ) from error
 
 
@@ -181,7 +183,7 @@ def run_folder(args: Namespace, data_name: str) -> Path:
 
 
 def refuse_existing(folder: Path, device: torch.device) -> None:
-    files = [folder / name for name in ("config.json", "last.pt", "summary.json")]
+    files = [folder / name for name in ("config.json", "last.pt", "summary.json", "model.pt")]
     if ranks.any_says(any(file.exists() for file in files), device):
         way = going_on(folder, "with it") if files[0].exists() else "give another --out"
         raise UserError(f"--out {folder}: a run is there already; {way}")
@@ -250,6 +252,8 @@ def run_seeds(args: Namespace, argv: list[str], device: torch.device) -> None:
     start = time.perf_counter()
     with ranks.main_first():
         dataset = data.load(args.data, Path(args.data_dir), device, args.train_images, args.holdout)
+    if ranks.differ(dataset.checksum, device):
+        raise UserError(f"--data {args.data}: the processes have read different images; try again")
     if ranks.rank() == 0:
         print(f"data read in {time.perf_counter() - start:.1f} s", file=sys.stderr)
     command = shlex.join(["python", "train.py", *argv])

@@ -84,16 +84,17 @@ def _record(path):
     ranks.share, epochs.run_epoch, step.apply = noted_share, noted_epoch, noted_apply
 
 
-def joined(count, argv, folder):
-    """`count` processes that train one net."""
+def joined(count, argv, folder, own=None):
+    """`count` processes that train one net, each with its `own` flags too."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {"WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     shared |= {"TORCHELASTIC_RUN_ID": "test"}
+    places = [{"RANK": r, "LOCAL_RANK": r, **shared} for r in range(count)]
     return [
-        start(argv, rank={"RANK": r, "LOCAL_RANK": r, **shared}, record=folder / f"rank{r}.pt")
-        for r in range(count)
+        start([*argv, *flags], rank=place, record=folder / f"rank{place['RANK']}.pt")
+        for place, flags in zip(places, own or [[]] * count, strict=True)
     ]
 
 

@@ -27,8 +27,10 @@ BAD_FLAGS = [
     (["--lr", "-1"], "--lr"),
     (["--lr", "nan"], "--lr"),
     (["--lr", "inf"], "--lr: inf is not finite"),
+    (["--lr", "1e39"], "--lr: 1e39 is not above 0, at most 1e+30"),
     (["--repeat", "0"], "--repeat"),
     (["--weight-decay", "-0.1"], "--weight-decay"),
+    (["--weight-decay", "1e39"], "--weight-decay"),
     (["--seed", "-1"], "--seed"),
     (["--flip-p", "1.5"], "--flip-p"),
     (["--cutout", "33"], "--cutout"),
@@ -72,11 +74,12 @@ def test_an_existing_run_is_not_overwritten(finished, capsys):
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
-def test_a_file_of_a_run_is_not_overwritten(tmp_path, capsys):
-    (tmp_path / "last.pt").write_text("kept")
+@pytest.mark.parametrize("name", ["last.pt", "model.pt", "summary.json"])
+def test_a_file_of_a_run_is_not_overwritten(name, tmp_path, capsys):
+    (tmp_path / name).write_text("kept")
     assert train.main([*SMALL, "--out", str(tmp_path)]) == 2
     assert "a run is there already; give another --out" in capsys.readouterr().err
-    assert (tmp_path / "last.pt").read_text() == "kept"
+    assert (tmp_path / name).read_text() == "kept"
 
 
 def test_a_run_that_nobody_reads(tmp_path, monkeypatch):
@@ -125,7 +128,8 @@ def test_out_of_memory_is_one_line(tmp_path, monkeypatch, capsys, error):
     monkeypatch.setattr(step, "train_step", exhausted)
     assert train.main([*SMALL, "--out", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "error: --batch-size 40: cpu is out of memory; try a smaller one"
+        "error: --batch-size 40: cpu is out of memory; begin with a smaller one, "
+        f"or free some: --resume {tmp_path}/run goes on after the last line"
     )
     monkeypatch.setattr(data, "load", exhausted)
     assert train.main([*SMALL, "--out", str(tmp_path / "other")]) == 2

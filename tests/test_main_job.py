@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import weakref
 from itertools import chain, repeat
 from pathlib import Path
 
@@ -241,11 +242,14 @@ def test_without_a_network_it_says_so_twice(tmp_path, monkeypatch, capsys, no_pi
     ("flag", "radii"), [([], [0.0, 0.1]), (["--sam", "0.3"], [0.0, 0.3]), (["--sam", "0"], [0.0])]
 )
 def test_the_last_quarter_is_sharpness_aware(flag, radii, tmp_path, no_pictures, monkeypatch):
-    prepared, make_step = [], step.make_step
+    prepared, before, make_step = [], [], step.make_step
 
     def noting(training, *settings):
+        assert not any(each() for each in before)  # a CUDA graph's memory is free by then
         prepared.append((len(training.history), settings[-1]))
-        return make_step(training, *settings)
+        made = make_step(training, *settings)
+        before.append(weakref.ref(made))
+        return made
 
     monkeypatch.setattr(step, "make_step", noting)
     out = ["--epochs", "6", "--out", str(tmp_path / "run"), "--net", "net136k", *flag]

@@ -117,6 +117,13 @@ def test_a_mistake_that_process_0_alone_meets(tmp_path, run):
     assert together(2, [*run, "--out", tmp_path / "file/run"], tmp_path) == [2, 2]
 
 
+def test_processes_that_read_different_images(tmp_path, run):
+    other = write_tar(tmp_path / "other.tar", files(train=62, test=271))
+    processes = joined(2, [*run, "--out", tmp_path / "run"], tmp_path, [[], ["--data", other]])
+    assert exit_codes(processes) == [2, 2]
+    assert not (tmp_path / "run").exists()
+
+
 def test_process_0_goes_first(monkeypatch):
     seen = []
     monkeypatch.setattr(ranks, "count", lambda: 2)

@@ -202,6 +202,15 @@ def test_a_run_that_has_ended_stays_as_it_is(finished, capsys):
     assert changed <= {"metrics.jsonl", "config.json"}
 
 
+def test_results_without_a_checkpoint_stay_as_they_are(finished, tmp_path, capsys):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    (folder / "last.pt").unlink()
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert train.main(["--resume", str(folder)]) == 0
+    assert "has all its 2 epochs" in capsys.readouterr().out
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+
+
 def test_killed_between_its_last_checkpoint_and_its_metrics(finished, tmp_path, no_pictures):
     folder = shutil.copytree(finished[0], tmp_path / "run")
     (folder / "summary.json").unlink()
