@@ -262,7 +262,7 @@ def bench_trainings(args: Namespace, argv: list[str]) -> None:
     seeds = f"{args.repeat} seeds" if args.repeat > 1 else "one seed"
     title = f"{name} on {first['data']}, {seeds}"
     print(f"\n{title}; {first['device']}, {first['precision']}\n{trials.table(rows)}")
-    path = write(name, first["device"], argv, {"title": title, name: rows})
+    path = write(name, first["device"], argv, {"title": title, "data": first["data"], name: rows})
     trials.draw(path.with_suffix(".png"), rows, args)
 
 
