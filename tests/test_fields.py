@@ -116,6 +116,7 @@ MODULES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:Using padding='same'")
 @pytest.mark.parametrize(("net", "expected"), MODULES.values(), ids=MODULES)
 def test_modules(net, expected):
     assert_true(net, expected)
