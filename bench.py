@@ -111,16 +111,22 @@ def format_layers(rows: list[dict[str, Any]]) -> str:
 
 
 def bench_kernels(args: Namespace, argv: list[str]) -> None:
-    """What one training step is made of: a GPU's kernels, or PyTorch's operations on a CPU."""
+    """What one training step is made of: a GPU's kernels, or PyTorch's operations on a CPU. What
+    they leave of the time that a step takes, a GPU has nothing to do."""
     batch, (dataset, _, precision) = ways.BATCH, prepared(args, ways.BATCH)
     device = dataset.train_images.device
-    steps = ways.training(dataset, ways.settings(args.net, batch, precision))()
+    way = ways.training(dataset, ways.settings(args.net, batch, precision))
+    count = 100 if device.type == "cuda" else 6
+    seconds = 1 / measure.rates({"ours": way}, device, warm_up=2, count=count)["ours"]
+    steps = way()
     rows = measure.kernels(lambda: next(steps), device, rounds=16)
     title = f"kernels of a step, a batch of {batch}, {args.net} on {dataset.name}, {precision}"
     print(f"\n{title}; {device_name(device)}\n      µs  times")
     for row in rows[:40]:
         print(f"{1e6 * row['seconds']:8.1f} {row['count']:6.1f}  {row['name'][:64]}")
-    figures = {"title": title, "data": dataset.name, "kernels": rows}
+    total = sum(row["seconds"] for row in rows)
+    print(f"{1e6 * total:8.1f}         in all, of {1e6 * seconds:.1f} that a step takes")
+    figures = {"title": title, "data": dataset.name, "step_seconds": seconds, "kernels": rows}
     write(of_net("kernels", args.net), device_name(device), argv, figures)
 
 
@@ -187,17 +193,15 @@ def epoch_ways(dataset: data.Dataset, net: str, precision: str) -> dict[str, flo
 
 
 def format_rows(rows: list[dict[str, Any]]) -> str:
-    """In seconds an epoch; the epoch to its floor, and the share of it that its phases, timed by
-    themselves, leave: on a GPU time in which it has nothing to do, else chance."""
+    """In seconds an epoch, and to the floor."""
     names = ["epoch", *rows[0]["phases_seconds"], "floor"]
-    lines = ["batch " + " ".join(f"{name:>7}" for name in names) + "   to it   left    memory"]
+    lines = ["batch " + " ".join(f"{name:>7}" for name in names) + "   to it    memory"]
     for row in rows:
         epoch, phases, floor = (row[f"{n}_seconds"] for n in ("epoch", "phases", "floor"))
         columns = zip(names, [epoch, *phases.values(), floor], strict=True)
         figures = " ".join(f"{each:{max(len(name), 7)}.3f}" for name, each in columns)
-        left = 1 - sum(phases.values()) / epoch
         lines.append(
-            f"{row['batch_size']:5d} {figures} {epoch / floor:5.1f} × {left:6.1%} "
+            f"{row['batch_size']:5d} {figures} {epoch / floor:5.1f} × "
             f"{row['peak_memory_bytes'] / 2**20:5,.0f} MiB"
         )
     return "\n".join(lines)

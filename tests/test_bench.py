@@ -92,7 +92,9 @@ def test_every_layer_beside_its_floor(arguments, briefly, tmp_path, capsys):
 def test_what_a_step_is_made_of(arguments, briefly, tmp_path, capsys):
     assert bench.main(["kernels", *arguments[1:3], "--net", "net136k", "--device", "cpu"]) == 0
     assert max(map(len, capsys.readouterr().out.splitlines()[2:-1])) <= 80
-    rows = result(tmp_path, "kernels-net136k")["kernels"]
+    content = result(tmp_path, "kernels-net136k")
+    assert content["step_seconds"] == 1 / 2
+    rows = content["kernels"]
     norms = sum(layer.kind == "BatchNorm2d" for layer in trace(build("net136k", 10)).layers)
     (backward,) = [row for row in rows if row["name"] == "aten::native_batch_norm_backward"]
     assert backward["count"] == norms
