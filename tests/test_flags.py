@@ -49,7 +49,7 @@ def test_flags_reach_the_step(tmp_path, monkeypatch, no_pictures):
         return train_step(net, *rest)
 
     monkeypatch.setattr(step, "train_step", noting)
-    given = ["--net", "net176k", "--dropout", "0.3", "--precision", "bf16", "--epochs", "1"]
+    given = ["--net", "net136k", "--dropout", "0.3", "--precision", "bf16", "--epochs", "1"]
     given += ["--label-smoothing", "0.2", "--out", str(tmp_path / "run")]
     assert train.main([*SMALL, *given]) == 0
     assert seen == [({0.3}, "bf16", 0.2, 0.0)] * 3
