@@ -3,6 +3,7 @@
 import ctypes
 import importlib.metadata
 import os
+import platform
 import subprocess
 import sys
 from contextlib import suppress
@@ -120,7 +121,8 @@ def versions() -> dict[str, str | None]:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
-    found = {"python": sys.version.split()[0], "commit": commit}
+    found = {"python": sys.version.split()[0], "libc": " ".join(platform.libc_ver())}
+    found["commit"] = commit
     for name in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
