@@ -121,8 +121,11 @@ def versions() -> dict[str, str | None]:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         commit = None
-    found = {"python": sys.version.split()[0], "libc": " ".join(platform.libc_ver())}
-    found["commit"] = commit
+    found = {
+        "python": sys.version.split()[0],
+        "libc": " ".join(platform.libc_ver()),  # on a CPU its malloc decides on the memory taken
+        "commit": commit,
+    }
     for name in PACKAGES:
         with suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)
