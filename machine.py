@@ -123,7 +123,7 @@ def versions() -> dict[str, str | None]:
         commit = None
     found = {
         "python": sys.version.split()[0],
-        "libc": " ".join(platform.libc_ver()),  # on a CPU its malloc decides on the memory taken
+        "libc": " ".join(platform.libc_ver()).strip() or None,  # for its malloc: memory
         "commit": commit,
     }
     for name in PACKAGES:

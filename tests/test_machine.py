@@ -1,3 +1,4 @@
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -77,6 +78,11 @@ def test_the_best_device_and_its_precision(monkeypatch):
 def test_a_repository_around_the_files_is_not_theirs(monkeypatch):
     monkeypatch.setattr(machine, "__file__", __file__)
     assert machine.versions()["commit"] is None
+
+
+@pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="no glibc")
+def test_versions_name_the_libc():
+    assert machine.versions()["libc"] == os.confstr("CS_GNU_LIBC_VERSION")
 
 
 @pytest.fixture
