@@ -121,11 +121,11 @@ def bench_kernels(args: Namespace, argv: list[str]) -> None:
     steps = way()
     rows = measure.kernels(lambda: next(steps), device, rounds=16)
     title = f"kernels of a step, a batch of {batch}, {args.net} on {dataset.name}, {precision}"
-    print(f"\n{title}; {device_name(device)}\n      µs  times")
+    print(f"\n{title}; {device_name(device)}\n       µs  times")
     for row in rows[:40]:
-        print(f"{1e6 * row['seconds']:8.1f} {row['count']:6.1f}  {row['name'][:64]}")
+        print(f"{1e6 * row['seconds']:9.1f} {row['count']:6.1f}  {row['name'][:62]}")
     total = sum(row["seconds"] for row in rows)
-    print(f"{1e6 * total:8.1f}         in all, of {1e6 * seconds:.1f} that a step takes")
+    print(f"{1e6 * total:9.1f}         in all, of {1e6 * seconds:.1f} that a step takes")
     figures = {"title": title, "data": dataset.name, "step_seconds": seconds, "kernels": rows}
     write(of_net("kernels", args.net), device_name(device), argv, figures)
 

@@ -30,7 +30,8 @@ def arguments(tmp_path, monkeypatch, no_pictures):
 
 @pytest.fixture
 def briefly(monkeypatch):
-    """Everything is run, but once; two batches take a second, a phase a millisecond an image."""
+    """Everything is run, but once; two batches take a second, a phase a millisecond an image, and a
+    step has one more kernel, long of name and time."""
     rates, phases, kernels = bench.measure.rates, bench.measure.phase_seconds, bench.measure.kernels
 
     def two_a_second(ways, device, **_):
@@ -39,10 +40,13 @@ def briefly(monkeypatch):
     def a_millisecond(every, device, _):
         return dict.fromkeys(phases(every, device, rounds=1), 0.001)
 
+    def one_more(*jobs, **_):
+        return [{"name": "long" * 20, "count": 10.0, "seconds": 1.5}, *kernels(*jobs, rounds=1)]
+
     monkeypatch.setattr(bench.ways, "BATCH", 64)
     monkeypatch.setattr(bench.measure, "rates", two_a_second)
     monkeypatch.setattr(bench.measure, "phase_seconds", a_millisecond)
-    monkeypatch.setattr(bench.measure, "kernels", lambda *jobs, **_: kernels(*jobs, rounds=1))
+    monkeypatch.setattr(bench.measure, "kernels", one_more)
 
 
 def result(folder, name):
