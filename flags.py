@@ -116,6 +116,10 @@ def option(name: str) -> str:
 
 
 MAY_CHANGE = {"resume", "data", "data_dir", "device", "workers"}
+COLOURS = (  # the share of images changed and its limits, all 0 by default
+    ("rgb_shift_p", "rgb_shift"),
+    ("brightness_contrast_p", "brightness", "contrast"),
+)
 
 
 def parse_flags(argv: list[str]) -> Namespace:
@@ -131,6 +135,12 @@ def parse_flags(argv: list[str]) -> Namespace:
             args = parser.parse_args(argv)
         if args.cutout and args.cutout_min is not None and args.cutout_min > args.cutout:
             raise UserError(f"--cutout-min {args.cutout_min}: larger than --cutout {args.cutout}")
+        for share, *limits in COLOURS:
+            on = [name for name in (share, *limits) if vars(args)[name] not in (0, [0, 0, 0])]
+            given = [name for name in on if vars(args)[name] != parser.get_default(name)]
+            if given and (share not in on or on == [share]):
+                missing = limits[0] if on == [share] else share
+                raise UserError(f"{option(given[0])} changes no image: give {option(missing)} too")
         return args
     flags = flags_of_run(Path(args.resume), parser)
     parser.set_defaults(**flags)

@@ -35,6 +35,9 @@ BAD_FLAGS = [
     (["--flip-p", "1.5"], "--flip-p"),
     (["--cutout", "33"], "--cutout"),
     (["--cutout-min", "17"], "--cutout-min 17"),
+    (["--contrast", "0.3"], "--contrast changes no image: give --brightness-contrast-p too"),
+    (["--rgb-shift", "9", "0", "0"], "--rgb-shift changes no image: give --rgb-shift-p too"),
+    (["--rgb-shift-p", "0.5"], "--rgb-shift-p changes no image: give --rgb-shift too"),
     (["--fill", "256"], "--fill"),
     (["--recipe", "resnet"], "--recipe"),
     (["--rotate", "-3"], "--rotate"),
@@ -70,7 +73,8 @@ def test_an_existing_run_is_not_overwritten(finished, capsys):
     folder, _ = finished
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     assert train.main([*SMALL, "--out", str(folder)]) == 2
-    assert f"--resume {folder}" in capsys.readouterr().err
+    way = f"--resume {folder} goes on with it, or give another --out"
+    assert way in capsys.readouterr().err
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 

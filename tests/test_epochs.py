@@ -67,9 +67,11 @@ def test_some_thousand_images_are_augmented_at_once_on_a_gpu():
     assert epochs.batches_at_once(256, torch.device("cpu")) == 1
 
 
-@pytest.mark.parametrize(
-    "colours", [[], ["--rgb-shift-p", "1", "--brightness-contrast-p", "1", "--fill", "9"]]
-)
+COLOURS = ["--rgb-shift", "9", "9", "9", "--rgb-shift-p", "1", "--fill", "9"]
+COLOURS += ["--contrast", "0.2", "--brightness-contrast-p", "1"]
+
+
+@pytest.mark.parametrize("colours", [[], COLOURS])
 def test_no_value_is_asked_of_a_gpu_for_batches_and_logits(colours, dataset, monkeypatch):
     monkeypatch.setattr(mirror, "triton_kernels", lambda _: None)  # which take no tensors as these
     tensors = {key: each for key, each in vars(dataset).items() if torch.is_tensor(each)}

@@ -19,6 +19,15 @@ def test_no_hole_in_a_recipe_with_holes_of_many_sizes():
     assert (params.hole[:, :2] == params.hole[:, 2:]).all()
 
 
+@pytest.mark.parametrize("off", [["--rgb-shift-p", "0"], ["--rgb-shift", "0", "0", "0"]])
+def test_a_recipe_without_its_colours(off):
+    args = flags.parse_flags(["--recipe", "net134k", "--contrast", "0.5", *off])
+    policy = flags.policy_of(args)
+    assert not (policy.rgb_shift_p and any(policy.rgb_shift))
+    assert policy.brightness_contrast_p
+    assert policy.contrast == 0.5
+
+
 def test_the_default_is_what_was_measured():
     measured = json.loads((ROOT / "results/train-cpu.json").read_text())["flags"]
     default = vars(flags.parse_flags([]))
@@ -56,6 +65,7 @@ def test_flags_reach_the_step(tmp_path, monkeypatch, no_pictures):
 
 
 def test_flags_read_back():
-    args = flags.parse_flags(["--shift", "0.1", "--rgb-shift", "1", "2", "3"])
+    given = ["--shift", "0.1", "--rgb-shift", "1", "2", "3", "--rgb-shift-p", "0.5"]
+    args = flags.parse_flags(given)
     assert flags.policy_of(args).rgb_shift == (1, 2, 3)
     assert flags.policy_of(args).shift == 0.1

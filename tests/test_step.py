@@ -168,7 +168,8 @@ def test_an_fp16_overflow_is_skipped_and_counted(radius):
 def test_a_step_reads_nothing_on_the_host(extra, radius, monkeypatch):
     """As no CUDA graph can: tensors of the device `meta` have no values to be read."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which `meta` lacks
-    args = flags.parse_flags(["--precision", "fp32", "--rgb-shift-p", "0.5", *extra])
+    colours = ["--rgb-shift", "9", "9", "9", "--rgb-shift-p", "0.5"]
+    args = flags.parse_flags(["--precision", "fp32", *colours, *extra])
     dataset = data.load("synthetic", None, CPU, train_images=32)
     tensors = {name: value for name, value in vars(dataset).items() if torch.is_tensor(value)}
     dataset = replace(dataset, **{name: value.to("meta") for name, value in tensors.items()})
