@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import data
-from common import UserError, check_sums, first_line, written_whole
+from common import UserError, check_sums, first_line, going_on, written_whole
 from model import build
 
 T = TypeVar("T")
@@ -32,9 +32,7 @@ def load(path: Path) -> dict[str, Any]:
         check_sums(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, NotADirectoryError) as error:
-        seeds = sorted(path.parent.glob("s[0-9]*"))
-        hint = f"; of --repeat's runs take one, as {seeds[0]}" if seeds else ""
-        raise UserError(f"{path} is not there{hint}") from error
+        raise _missing(path) from error
     except Exception as error:  # a damaged file can fail in any way
         raise UserError(f"{path} is no whole checkpoint of atrous: {first_line(error)}") from error
     if not isinstance(content, dict) or not isinstance(content.get("format"), int):
@@ -118,5 +116,18 @@ def _read(path: Path, parse: Callable[[BinaryIO], T]) -> T:
     try:
         with path.open("rb") as file:
             return parse(file)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise _missing(path) from error
     except Exception as error:  # a damaged file can fail in any way
-        raise UserError(f"{path} is missing or damaged: {first_line(error)}") from error
+        raise UserError(f"{path} is damaged: {first_line(error)}") from error
+
+
+def _missing(path: Path) -> UserError:
+    """What is said of a file that is not there: of a run that has not ended, or of several runs."""
+    run = path.parent
+    if seeds := sorted(run.glob("s[0-9]*")):
+        return UserError(f"{path} is not there; of --repeat's runs take one, as {seeds[0]}")
+    if (run / "config.json").exists() and not (run / "summary.json").exists():
+        way = going_on(run, "with it")
+        return UserError(f"{path} is not there, as the run has not ended: train.py {way}")
+    return UserError(f"{path} is not there")

@@ -84,6 +84,18 @@ def test_a_folder_of_several_runs_names_one(tmp_path):
         UserError, match=f"is not there; of --repeat's runs take one, as {tmp_path}/s3"
     ):
         checkpoint.load_net(tmp_path / "model.pt")
+    with pytest.raises(UserError, match=f"--repeat's runs take one, as {tmp_path}/s3"):
+        checkpoint.load_history(tmp_path)
+
+
+def test_a_run_that_has_not_ended_is_to_go_on(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    for load in (checkpoint.load_predictions, lambda run: checkpoint.load_net(run / "model.pt")):
+        with pytest.raises(UserError, match=f"not ended: train.py --resume {tmp_path} goes on"):
+            load(tmp_path)
+    (tmp_path / "summary.json").write_text("{}")
+    with pytest.raises(UserError, match=r"predictions\.npy is not there$"):
+        checkpoint.load_predictions(tmp_path)
 
 
 BAD = {
@@ -119,13 +131,13 @@ def test_damaged_predictions_are_one_line(tmp_path, byte):
     content = bytearray((tmp_path / "predictions.npy").read_bytes())
     content[byte] ^= 1 << 6
     (tmp_path / "predictions.npy").write_bytes(content[:-1])
-    with pytest.raises(UserError, match=r"predictions\.npy is missing or damaged: "):
+    with pytest.raises(UserError, match=r"predictions\.npy is damaged: "):
         checkpoint.load_predictions(tmp_path)
 
 
 def test_predictions_run_no_code(tmp_path, capsys):
     (tmp_path / "predictions.npy").write_bytes(pickle.dumps(Hostile()))
-    with pytest.raises(UserError, match=r"predictions\.npy is missing or damaged: "):
+    with pytest.raises(UserError, match=r"predictions\.npy is damaged: "):
         checkpoint.load_predictions(tmp_path)
     assert not capsys.readouterr().out
 

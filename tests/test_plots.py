@@ -223,6 +223,6 @@ def test_mistakes_of_the_user_are_one_line(run, capsys):
         np.save(run / "predictions.npy", np.zeros(shape))
         assert "predictions.npy is not of" in error(run)
     (run / "predictions.npy").write_bytes(b"no array")
-    assert "predictions.npy is missing or damaged" in error(run)
+    assert "predictions.npy is damaged" in error(run)
     (run / "metrics.jsonl").write_text("{")
-    assert "metrics.jsonl is missing or damaged" in error(run)
+    assert "metrics.jsonl is damaged" in error(run)
