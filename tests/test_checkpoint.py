@@ -89,6 +89,8 @@ def test_a_folder_of_several_runs_names_one(tmp_path):
 
 
 def test_a_run_that_has_not_ended_is_to_go_on(tmp_path):
+    with pytest.raises(UserError, match=r"model\.pt is not there$"):
+        checkpoint.load_net(tmp_path / "model.pt")
     (tmp_path / "config.json").write_text("{}")
     for load in (checkpoint.load_predictions, lambda run: checkpoint.load_net(run / "model.pt")):
         with pytest.raises(UserError, match=f"not ended: train.py --resume {tmp_path} goes on"):
