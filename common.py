@@ -62,7 +62,8 @@ def exit_status(job: Callable[[], None]) -> int:
         return 141
     except (UserError, OSError) as error:
         line = " ".join(str(error).split())  # a library's message has many
-        print("error:", "".join(c if c.isprintable() else "?" for c in line), file=sys.stderr)
+        line = "".join(c if c.isprintable() else "?" for c in line)
+        sys.stderr.write(f"error: {line}\n")  # at once: torchrun's processes may err together
         return 2
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -124,8 +125,10 @@ def written_whole(path: Path, ending: str = ".tmp") -> Iterator[BinaryIO]:
         with suppress(OSError):
             temporary.unlink()
         if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-            raise error.__context__ from None  # a full disk, over which torch.save fails once more
-        raise
+            error = error.__context__  # a full disk, over which torch.save fails once more
+        if isinstance(error, OSError) and error.errno:
+            error.filename = str(path)
+        raise error from None
 
 
 def check_sums(path: Path) -> None:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import common
 
@@ -42,6 +43,17 @@ def test_an_error_is_a_line_of_readable_characters(capsys):
 
     assert common.exit_status(job) == 2
     assert capsys.readouterr().err == "error: first second ?[2J?\n"
+
+
+def test_an_error_is_written_at_once(monkeypatch):
+    """Processes that share an unbuffered stderr, as torchrun's do, would mix its parts."""
+
+    def job():
+        raise common.UserError("no")
+
+    monkeypatch.setattr(sys, "stderr", stderr := Mock())
+    assert common.exit_status(job) == 2
+    stderr.write.assert_called_once_with("error: no\n")
 
 
 def test_sigterm_is_no_error_that_one_could_pass_over(capsys):
