@@ -14,6 +14,9 @@ import checkpoint
 import data
 from common import written_whole
 
+FILES = ("config.json", "metrics.jsonl", "last.pt", "model.pt", "predictions.npy", "summary.json")
+FILES += ("card.md", "curves.png", "augmented.png", "mistakes.png", "confusion.png", "classes.png")
+
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
     """The fraction of logits (N, classes) that are largest at the label (N,)."""

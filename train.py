@@ -183,10 +183,12 @@ def run_folder(args: Namespace, data_name: str) -> Path:
 
 
 def refuse_existing(folder: Path, device: torch.device) -> None:
-    files = [folder / name for name in ("config.json", "last.pt", "summary.json", "model.pt")]
-    if ranks.any_says(any(file.exists() for file in files), device):
-        way = f"{going_on(folder, 'with it')}, or " if files[0].exists() else ""
-        raise UserError(f"--out {folder}: a run is there already; {way}give another --out")
+    there = [name for name in report.FILES if (folder / name).exists()]
+    if ranks.any_says(bool(there), device):
+        found, way = there[0] if there else "a run", ""
+        if "config.json" in there:
+            found, way = "a run", f"{going_on(folder, 'with it')}, or "
+        raise UserError(f"--out {folder}: {found} is there already; {way}give another --out")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is not a folder")
 
