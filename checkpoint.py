@@ -66,14 +66,12 @@ def load_net(path: Path) -> tuple[nn.Module, dict[str, Any]]:
 def load_config(run: Path) -> dict[str, Any]:
     """What the run in a folder is: its `flags` and facts. Raises UserError where there is none, or
     a damaged one."""
-    path = run / "config.json"
-    try:
-        config = dict(json.loads(path.read_text()))
+
+    def parse(file: BinaryIO) -> dict[str, Any]:
+        config = dict(json.load(file))
         return config | {"flags": dict(config["flags"])}
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise UserError(f"no run in {run}: {path} is missing") from error
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: {error}") from error
+
+    return _read(run / "config.json", parse)
 
 
 def load_data(run: Path, device: torch.device) -> data.Dataset:
@@ -125,6 +123,8 @@ def _read(path: Path, parse: Callable[[BinaryIO], T]) -> T:
 def _missing(path: Path) -> UserError:
     """What is said of a file that is not there: of a run that has not ended, or of several runs."""
     run = path.parent
+    if run.is_file():
+        return UserError(f"{run} is a file; name the folder of its run, {run.parent}")
     if seeds := sorted(run.glob("s[0-9]*")):
         return UserError(f"{path} is not there; of --repeat's runs take one, as {seeds[0]}")
     if (run / "config.json").exists() and not (run / "summary.json").exists():

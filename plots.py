@@ -292,14 +292,15 @@ def main(argv: list[str]) -> int:
         parser.add_argument(
             "--images", type=int, nargs="+", help="test images to look into, by number"
         )
-        parser.add_argument("--out", type=Path, default="comparison.png", help="of several runs")
+        parser.add_argument("--out", type=Path, help="of several runs (default: comparison.png)")
         args = parser.parse_args(argv)
         histories = {str(run): redraw(run, args.images) for run in dict.fromkeys(args.runs)}
         for run in histories:
             print(f"drawn: {run}/*.png")
-        if len(histories) > 1:
-            comparison(args.out, histories)
-            print(f"drawn: {args.out}")
+        if len(histories) > 1 or args.out:
+            out = args.out or Path("comparison.png")
+            comparison(out, histories)
+            print(f"drawn: {out}")
 
     return exit_status(job)
 

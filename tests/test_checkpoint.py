@@ -88,6 +88,13 @@ def test_a_folder_of_several_runs_names_one(tmp_path):
         checkpoint.load_history(tmp_path)
 
 
+def test_a_file_for_a_run_names_its_folder(tmp_path):
+    model_file(tmp_path / "model.pt")
+    for load in (lambda run: checkpoint.load_net(run / "model.pt"), checkpoint.load_config):
+        with pytest.raises(UserError, match=f"model.pt is a file; name the folder .*, {tmp_path}$"):
+            load(tmp_path / "model.pt")
+
+
 def test_a_run_that_has_not_ended_is_to_go_on(tmp_path):
     with pytest.raises(UserError, match=r"model\.pt is not there$"):
         checkpoint.load_net(tmp_path / "model.pt")

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -198,13 +199,16 @@ def test_runs_side_by_side(run, tmp_path, monkeypatch):
     assert seen == [([1, 1], [60, 60]), ([2, 4], [60, 60])]  # epochs, and summed seconds
     monkeypatch.undo()
     monkeypatch.setattr(plots, "redraw", lambda run, _: checkpoint.load_history(run))
-    assert plots.main([str(run), f"{run}/", "--out", str(tmp_path / "d.png")]) == 0
-    assert not (tmp_path / "d.png").exists()  # it is one and the same
+    monkeypatch.chdir(tmp_path)
+    assert plots.main([str(run), f"{run}/"]) == 0
+    assert not Path("comparison.png").exists()  # it is one and the same
+    assert plots.main([str(run), "--out", "alone.png"]) == 0
+    assert is_picture(Path("alone.png"))
     other = tmp_path / "other"
     other.mkdir()
     (other / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes())
-    assert plots.main([str(run), str(other), "--out", str(tmp_path / "d.png")]) == 0
-    assert is_picture(tmp_path / "d.png")
+    assert plots.main([str(run), str(other)]) == 0
+    assert is_picture(Path("comparison.png"))
 
 
 def test_mistakes_of_the_user_are_one_line(run, capsys):
