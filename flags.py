@@ -66,7 +66,8 @@ def make_parser() -> Parser:
     flag("--weight-decay", type=number(float, 0, largest), default=5e-4, help="Muon's: × 200")
     flag("--label-smoothing", type=share, default=0.0, help="share spread over all classes")
     flag("--sam", type=number(float, 0), default=0.1, help="radius in the last quarter of epochs")
-    flag("--target", type=share, help="report when test accuracy reached this fraction")
+    some = number(float, 0, 1, above=True)
+    flag("--target", type=some, help="report when test accuracy reached this fraction")
 
     flag = parser.add_argument_group("augmentation").add_argument
     policy = Policy()

@@ -29,6 +29,7 @@ BAD_FLAGS = [
     (["--lr", "inf"], "--lr: inf is not finite"),
     (["--lr", "1e39"], "--lr: 1e39 is not above 0, at most 1e+30"),
     (["--repeat", "0"], "--repeat"),
+    (["--target", "0"], "--target"),
     (["--weight-decay", "-0.1"], "--weight-decay"),
     (["--weight-decay", "1e39"], "--weight-decay"),
     (["--seed", "-1"], "--seed"),
