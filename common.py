@@ -128,7 +128,7 @@ def written_whole(path: Path, ending: str = ".tmp") -> Iterator[BinaryIO]:
             error = error.__context__  # a full disk, over which torch.save fails once more
         if isinstance(error, OSError) and error.errno:
             error.filename = str(path)
-        raise error from None
+        raise error
 
 
 def check_sums(path: Path) -> None:
