@@ -79,7 +79,7 @@ def run(
         elif not (folder / "summary.json").exists():
             write_config(folder, {"flags": vars(args) | {"resume": None}, **facts}, device)
         if (folder / "summary.json").exists():
-            print(f"{folder} has all its {args.epochs} epochs")
+            print(f"{folder} has ended already, after epoch {args.epochs}")
             return checkpoint.load_summary(folder)
         report.announce(facts, dataset, folder)
         if args.recipe is not None:

@@ -196,7 +196,7 @@ def test_a_run_that_has_ended_stays_as_it_is(finished, capsys):
     folder, _ = finished
     before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
     assert train.main(["--resume", str(folder)]) == 0
-    assert "has all its 2 epochs" in capsys.readouterr().out
+    assert "has ended already, after epoch 2" in capsys.readouterr().out
     after = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
     changed = {name for name in after if after[name] != before.get(name)}
     assert changed <= {"metrics.jsonl", "config.json"}
@@ -207,7 +207,7 @@ def test_results_without_a_checkpoint_stay_as_they_are(finished, tmp_path, capsy
     (folder / "last.pt").unlink()
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     assert train.main(["--resume", str(folder)]) == 0
-    assert "has all its 2 epochs" in capsys.readouterr().out
+    assert "has ended already, after epoch 2" in capsys.readouterr().out
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
 
