@@ -167,7 +167,7 @@ other images, sizes or cameras.
 |---|---|
 {shares}
 
-Every flag: {given}.
+Every flag that is set: {given}.
 """
     with written_whole(folder / "card.md") as file:
         file.write(text.encode())
