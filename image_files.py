@@ -6,21 +6,33 @@ import os
 import sys
 import tarfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
 from common import SIZE, UserError, check_sums, first_line, written_whole
 
 MAX_FILE_BYTES = 1 << 20  # a 32×32 image has a few kilobytes; what claims more is none
+MAX_HEADER_BYTES = 1 << 13  # of a long name, say; tarfile can take the square of its length for it
 MAX_ARCHIVE_BYTES = 2 << 30  # unpacked
 MAX_IMAGES = 1_000_000  # 3 GB of pixels
-CACHE_FORMAT = 4  # raise when what is cached changes
+CACHE_FORMAT = 5  # raise when what is cached changes
+
+TURNS = {  # by EXIF's orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 Splits = dict[str, tuple[Tensor, Tensor]]  # "train" and "test": images, labels
 
@@ -138,15 +150,34 @@ def why_unreadable(error: Exception) -> str:
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode as RGB: turned as its EXIF says, on white where it is transparent."""
-    image = ImageOps.exif_transpose(image)
-    if image.mode.startswith("I") or image.mode == "F":  # Pillow would clip 16 bits at 255
-        levels = np.array(image, dtype=np.float32)
-        levels /= 257 if image.mode.startswith("I;16") or levels.max() > 255 else 1
-        image = Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
+    image.load()
+    turn = None
+    with suppress(Exception):  # EXIF may be damaged
+        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    if turn is not None:
+        image = image.transpose(turn)
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _in_8_bits(image)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def _in_8_bits(image: Image.Image) -> Image.Image:
+    """A grey image of integers, where one is above 255 of 16 bits, or of floats, up to 1 or like
+    those. Pillow would clip what is above 255."""
+    values = np.array(image)
+    levels = np.nan_to_num(values.astype(np.float32), posinf=0, neginf=0)
+    if image.mode.startswith("I;16") or levels.max() > 255:
+        levels /= 257
+    elif image.mode == "F" and levels.max() <= 1:
+        levels *= 255
+    grey = Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
+    if "transparency" in image.info:
+        opaque = values != image.info["transparency"]
+        grey.putalpha(Image.fromarray(np.uint8(255) * opaque))
+    return grey
 
 
 def _files(path: Path) -> Iterator[Path]:
@@ -186,7 +217,7 @@ class _StrictTarInfo(tarfile.TarInfo):
     @classmethod
     def frombuf(cls, buffer: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
         info = super().frombuf(buffer, encoding, errors)
-        if info.type not in tarfile.REGULAR_TYPES and info.size > MAX_FILE_BYTES:
+        if info.type not in tarfile.REGULAR_TYPES and info.size > MAX_HEADER_BYTES:
             raise tarfile.ReadError(f"{info.name} claims {info.size:,} bytes")
         return info
 
@@ -210,7 +241,7 @@ def _archive_members(path: Path) -> Iterator[tuple[str, bytes]]:
     try:
         with tarfile.open(path, tarinfo=_StrictTarInfo) as archive:
             for member in archive:
-                archive.members = []  # or it keeps each
+                archive.members, archive.pax_headers = [], {}  # or it keeps each
                 if archive.offset < member.offset_data:  # and would read it again
                     raise tarfile.ReadError(f"{member.name} claims {member.size:,} bytes")
                 if member.offset_data + member.size > MAX_ARCHIVE_BYTES:

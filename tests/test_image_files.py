@@ -3,6 +3,7 @@
 import gzip
 import os
 import tarfile
+import tracemalloc
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -66,13 +67,18 @@ def test_images_of_any_mode_are_read_as_predict_reads_them(tmp_path):
         "cat/deep.png": Image.fromarray(np.full((32, 32), 257 * 99, np.uint16)),
         "cat/dark.png": Image.fromarray(np.full((32, 32), 200, np.uint16)),
         "dog/clear.png": Image.new("RGBA", (32, 32), (0, 0, 0, 0)),
+        "dog/deep and clear.png": Image.fromarray(np.full((32, 32), 7, np.uint16)),
         "dog/turned.png": upper,
     }
     for name, image in images.items():
         (folder / "train" / name).parent.mkdir(parents=True, exist_ok=True)
-        image.save(folder / "train" / name, exif=turned if "turned" in name else b"")
+        image.save(
+            folder / "train" / name,
+            exif=turned if "turned" in name else b"",
+            **{"transparency": 7} if "deep and clear" in name else {},
+        )
     read = load(folder).train_images  # by class, then name
-    assert read[:, 0, 4, 4].tolist() == [1, 99, 255, 0]
+    assert read[:, 0, 4, 4].tolist() == [1, 99, 255, 255, 0]
     for pixels, name in zip(read, sorted(images), strict=True):
         with Image.open(folder / "train" / name) as image:
             assert np.array_equal(pixels.permute(1, 2, 0), to_pixels(image))
@@ -211,6 +217,7 @@ HEADERS = {
     "further back": (header(size=b"-0000003000\0"), "claims -1,536 bytes"),
     "sparse": (header(tarfile.GNUTYPE_SPARSE), "a sparse file"),
     "sparse by pax": (header(**SPARSE, **{"GNU.sparse.name": "x"}), "a sparse file"),
+    "text to search for ever": (header(tarfile.XHDTYPE, b"00003641100\0"), "claims 1,000,000"),
     "the end, with more behind it": (bytes(1024), "there is more after its end"),
 }
 
@@ -222,6 +229,23 @@ def test_no_header_hides_images_or_takes_for_ever(tmp_path, blocks, message):
     path.write_bytes(whole[:2048] + blocks + whole[2048:])
     with pytest.raises(UserError, match=message):
         load(path)
+
+
+def test_no_header_is_kept(tmp_path):
+    """tarfile keeps those meant for all members."""
+    lines = (f"{8000} {number:07d}=".ljust(7999, "x") + "\n" for number in range(1000))
+    blocks = []
+    for line in lines:
+        info = tarfile.TarInfo("global")
+        info.type, info.size = tarfile.XGLTYPE, len(line)
+        blocks += [info.tobuf(), line.encode(), bytes(-len(line) % 512), header()]
+    path = write_tar(tmp_path / "pets.tar", files())
+    path.write_bytes(b"".join(blocks) + path.read_bytes())
+    tracemalloc.start()
+    assert len(load(path).train_images) == 8
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 4e6
 
 
 def test_what_is_no_file_is_not_waited_for(tmp_path):

@@ -2,6 +2,7 @@ import io
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,9 @@ def test_what_the_net_gets():
     for floats in (np.full((40, 40), 99.0), np.full((40, 40), 257 * 99.0)):
         image = Image.fromarray(floats.astype(np.float32))
         assert predict.to_pixels(image)[5, 5].tolist() == [99] * 3
+    fractions = np.full((40, 40), 0.2, np.float32)
+    fractions[0, :3] = np.inf, np.nan, 1
+    assert predict.to_pixels(Image.fromarray(fractions))[5, 5].tolist() == [51] * 3
     palette = Image.new("P", (32, 32), 0)
     palette.info["transparency"] = 0
     assert pixels(palette)[5, 5].tolist() == [255] * 3
@@ -105,9 +109,13 @@ def test_exif_rotation_is_honoured():
     image.paste((255, 255, 255), (0, 0, 64, 32))  # the upper half
     exif = Image.Exif()
     exif[274] = 6  # turn by 90° clockwise
-    turned = pixels(image, exif=exif, quality=95)
-    assert turned[:, 20:].min() > 200
-    assert turned[:, :12].max() < 55
+    strange = b"Exif\0\0II*\0\x08\0\0\0\2\0"  # its unit of resolution is text
+    strange += struct.pack("<HHIIHHI4sI", 274, 3, 1, 6, 296, 2, 2, b"x", 0)
+    for kind in (exif, strange):
+        turned = pixels(image, exif=kind, quality=95)
+        assert turned[:, 20:].min() > 200
+        assert turned[:, :12].max() < 55
+    assert pixels(image, exif=b"Exif\0\0none", quality=95)[:12].min() > 200
 
 
 def test_folders_and_standard_input(run, tmp_path, capsys, monkeypatch):
