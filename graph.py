@@ -30,6 +30,7 @@ POINTWISE_NAMES = {
     *("add", "sub", "mul", "div", "truediv"),
     *("contiguous", "clone", "detach", "float", "half", "bfloat16", "to", "type"),
 }
+VIEWS = {"getitem", "chunk", "split", "contiguous", "detach", "to", "type", "float"}
 UNTRUE = "its graph computes something else, as where `x += …` changes a tensor with a second name"
 REDUCTIONS = {"mean", "sum", "amax", "amin"}
 ON_CHANNELS = {"cat": 1, "chunk": 2, "split": 2}  # where their argument `dim` stands
@@ -52,7 +53,7 @@ class Layer:
     jump: tuple[int, int] | None
     receptive_field: tuple[int, int] | None
     parameters: int
-    multiply_adds: int  # per image
+    multiply_adds: int  # per image; 0 but for convolutions and Linear
 
 
 @dataclass(frozen=True)
@@ -85,10 +86,10 @@ def trace(module: nn.Module, input_shape: tuple[int, int, int] = (3, 32, 32)) ->
     of squeeze-and-excitation do, sees the whole image. Raises UserError that names the node where
     the graph holds an operator this cannot account for.
     """
-    module = copy.deepcopy(module).cpu().eval()
-    if Tracer().is_leaf_module(module, ""):
-        module = nn.Sequential(module)  # tracing looks into the root, even into a lone Conv2d
     try:
+        module = copy.deepcopy(module).cpu().eval()
+        if Tracer().is_leaf_module(module, ""):
+            module = nn.Sequential(module)  # tracing looks into the root, even into a lone Conv2d
         graph = fx.GraphModule(module, Tracer().trace(module))
         outputs = []
         with torch.no_grad(), torch.random.fork_rng([]), redirect_stderr(io.StringIO()):
@@ -146,8 +147,8 @@ def _cut(graph: fx.GraphModule, name: str) -> tuple[fx.GraphModule, fx.GraphModu
 def _fields_behind(
     node: fx.Node, target: Any, fields: dict, input_shape: tuple[int, int, int]
 ) -> Fields | None:
-    if node.op == "call_method" and target.endswith("_") and max(node.args[0].users) is not node:
-        raise _unaccounted(node, target)  # it changes what others use, unseen by the graph
+    if _changes_others(node, target):
+        raise _unaccounted(node, target)
     inputs = [n for n in node.all_input_nodes if fields[n] != NOTHING]
     if not inputs or _shape(node) is None:
         return NOTHING
@@ -187,6 +188,15 @@ def _fields_behind(
     ):
         return union(known)
     raise _unaccounted(node, target)
+
+
+def _changes_others(node: fx.Node, target: Any) -> bool:
+    """Whether this may change in place what other nodes use, unseen by the graph."""
+    if node.op != "call_method" or not target.endswith("_"):
+        return "out" in node.kwargs
+    changed = node.args[0]
+    view = len(node.all_input_nodes) > 1 and _name(changed.target) in VIEWS
+    return view or max(changed.users) is not node
 
 
 def _window(node: fx.Node, target: Any) -> tuple[tuple[int, int], ...] | None:
@@ -256,7 +266,7 @@ def _is_layer(node: fx.Node, target: Any) -> bool:
 def _layer(node: fx.Node, target: Any, fields: Fields | None) -> Layer:
     kernel, stride, dilation, _ = _window(node, target) or [(1, 1)] * 4
     output = _shape(node)[1:]
-    convolves = isinstance(target, nn.Conv2d | nn.Linear)
+    convolves = isinstance(target, nn.Conv1d | nn.Conv2d | nn.Linear)
     places = output[:-1] if isinstance(target, nn.Linear) else output[1:]
     slides = _slides(fields)
     return Layer(

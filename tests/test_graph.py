@@ -19,6 +19,18 @@ def test_multiply_adds_of_a_linear_layer_for_every_row():
     assert [layer.multiply_adds for layer in trace(net).layers] == [8 * 48 * 64, 0, 2 * 4 * 5]
 
 
+def test_multiply_adds_of_a_gate_over_channels():
+    """As ECA-Net's: a Conv1d over the means of the channels."""
+
+    def gated(m, x):
+        x = m.a(x)
+        weights = m.b(x.mean((2, 3)).unsqueeze(1)).squeeze(1)
+        return x * weights.sigmoid().unsqueeze(2).unsqueeze(3)
+
+    net = Wrap(gated, conv(3, 8, 3), nn.Conv1d(1, 1, 3, padding=1, bias=False))
+    assert [layer.multiply_adds for layer in trace(net).layers] == [3 * 8 * 9 * 1024, 3 * 8]
+
+
 def test_a_parametrized_layer():
     net = weight_norm(conv(3, 4, 3))
     assert receptive_field(net) == 3
@@ -151,6 +163,18 @@ def added_in_place_and_used(m, x):
     return m.b(x) + y
 
 
+def part_added_in_place(m, x):
+    x = m.a(x)
+    x[:, :3].add_(m.b(x)[:, :3])
+    return m.b(x)
+
+
+def added_out_of_place(m, x):
+    x = m.a(x)
+    torch.add(x, m.b(x), out=x)
+    return m.b(x)
+
+
 UNACCOUNTED = {
     "roll": lambda m, x: torch.roll(m.a(x), 1, 3),
     "view": lambda m, x: m.b(shuffled(m.a(x))),
@@ -170,6 +194,8 @@ UNACCOUNTED = {
     "mean.?": lambda m, x: F.conv1d(m.a(x).mean(2), m.b.weight[:, :, 0]),
     "add_": added_in_place,
     "add_.*": added_in_place_and_used,
+    "add_.?": part_added_in_place,
+    "add": added_out_of_place,
 }
 
 
@@ -195,6 +221,10 @@ def test_layers_it_cannot_account_for_are_named(layer):
 
 
 def test_what_cannot_be_traced():
+    keeping = conv(3, 3, 3)
+    keeping.map = keeping(torch.ones(1, 3, 32, 32))  # a tensor that cannot be copied
+    with pytest.raises(UserError, match="cannot be traced: Only Tensors"):
+        receptive_field(nn.Sequential(keeping))
     branching = Wrap(lambda m, x: m.a(x) if x.sum() > 0 else x, conv(3, 3, 3))
     with pytest.raises(UserError, match="cannot be traced"):
         receptive_field(branching)
