@@ -18,6 +18,7 @@ from matplotlib.patches import Rectangle
 import checkpoint
 import data
 from common import SIZE, Parser, UserError, exit_status, written_whole
+from fields import Fields
 
 Panel = tuple[str, np.ndarray, np.ndarray, np.ndarray]
 
@@ -245,7 +246,7 @@ def grad_cam_panels(run: Path, dataset: data.Dataset, numbers: list[int]) -> lis
     predicted = logits.argmax(1)
     (gradient,) = torch.autograd.grad(logits.gather(1, predicted.unsqueeze(1)).sum(), maps)
     cams = (gradient.mean((2, 3), keepdim=True) * maps).sum(1, keepdim=True).relu().detach()
-    cams = F.interpolate(cams, (SIZE, SIZE), mode="bilinear").squeeze(1)
+    cams = over_image(cams, traced.fields)
     panels = []
     for position, number in enumerate(numbers):
         heat = rf.effective_receptive_field(traced.features, inputs[position : position + 1])
@@ -256,6 +257,18 @@ def grad_cam_panels(run: Path, dataset: data.Dataset, numbers: list[int]) -> lis
         image = dataset.test_images[number].permute(1, 2, 0).numpy()
         panels.append((f"{number}: {true} as {taken}", image, *overlays))
     return panels
+
+
+def over_image(maps: torch.Tensor, fields: Fields) -> torch.Tensor:
+    """Maps (N, 1, h, w) laid over the image, (N, 32, 32): bilinear between the centres of what
+    their units see, which need not tile it."""
+    places = []  # of the pixels among the units, from -1 to 1
+    for field, units in zip(fields, maps.shape[2:], strict=True):
+        first = sum(field.spans[field.jump]) / 2
+        places.append((2 * (torch.arange(SIZE) - first) / field.jump + 1) / units - 1)
+    grid = torch.stack(torch.meshgrid(*places, indexing="ij")[::-1], 2)
+    grid = grid.expand(len(maps), -1, -1, -1)
+    return F.grid_sample(maps, grid, padding_mode="border", align_corners=False).squeeze(1)
 
 
 def redraw(run: Path, numbers: list[int] | None) -> list[dict[str, Any]]:

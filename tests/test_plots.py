@@ -10,6 +10,8 @@ from torch import nn
 
 import checkpoint
 import data
+import graph
+import model
 import plots
 import report
 
@@ -171,6 +173,21 @@ def test_grad_cam_lights_up_what_was_predicted(run):
     assert cam[:16].max() == cam[:, :16].max() == cam[0, 0]  # evenly dark elsewhere
     assert cam[0, 0] < 0.5
     assert np.argwhere(field).tolist() == [[16, 16]]
+
+
+@pytest.mark.parametrize(
+    ("net", "first", "last"),  # of the centres of what its units see
+    [("atrous", 1.5, 29.5), ("net176k", 8, 20), ("net190k", 7, 23), ("net134k", -5.5, 34.5)],
+)
+def test_units_lie_over_what_they_see(net, first, last):
+    traced = graph.trace(model.build(net, 10))
+    _, _, height, width = traced.features(torch.zeros(1, 3, 32, 32)).shape
+    centres = torch.linspace(first, last, width)
+    laid = plots.over_image(centres.expand(1, 1, height, width), traced.fields)
+    expected = torch.arange(32.0).clamp(first, last).expand(1, 32, 32)
+    torch.testing.assert_close(laid, expected)
+    turned = plots.over_image(centres.view(1, 1, -1, 1).expand(1, 1, height, width), traced.fields)
+    torch.testing.assert_close(turned, expected.mT)
 
 
 def test_a_run_is_drawn_again(run, monkeypatch):
