@@ -103,7 +103,7 @@ def test_mirrored_weights(shape, layout):
     assert_same(kernels.mirrored(*sources, *[None][len(sources) - 1 :]), plain(*sources), sources)
 
 
-def test_slow_convolutions_alone_are_taken_over():
+def test_slow_convolutions_alone_are_taken_over(monkeypatch):
     options = (
         {"groups": 4, "dilation": 2},
         {"groups": 4, "stride": 2},
@@ -120,6 +120,9 @@ def test_slow_convolutions_alone_are_taken_over():
     assert ["forward" in vars(layer) for layer in net] == [True, True, *[False] * 7]
     x = torch.randn(1, 4, 9, 9)
     assert torch.equal(net[0](x), F.conv2d(x, net[0].weight, dilation=2, groups=4))
+    monkeypatch.setattr(depthwise, "triton_kernels", lambda _: kernels)
+    oblong = x[..., :5]
+    assert torch.equal(net[1](oblong), F.conv2d(oblong, net[1].weight, stride=2, groups=4))
 
 
 @loops
