@@ -67,7 +67,7 @@ def average_gradients(net: nn.Module) -> None:
     """Over the processes, in one piece. DistributedDataParallel orders its pieces anew after its
     first step: three processes or more, if resumed, would add up in another order."""
     if count() > 1:
-        gradients = [p.grad for p in net.parameters()]
+        gradients = [p.grad for p in net.parameters() if p.grad is not None]
         mean = total(torch.cat([g.flatten() for g in gradients])) / count()
         parts = mean.split([g.numel() for g in gradients])
         for gradient, part in zip(gradients, parts, strict=True):

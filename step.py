@@ -116,7 +116,7 @@ def make_step(training: Training, dataset: Dataset, args: Namespace, radius: flo
     On one GPU it is a CUDA graph: the launches of so small a net take longer than its arithmetic.
     fp16, whose loss scaler decides on the host, and several processes stay eager.
     """
-    net = torch.compile(training.net) if args.compile else training.net
+    net = torch.compile(training.net, dynamic=False) if args.compile else training.net
     learner = net, training.optimizer, training.scaler
 
     def step(inputs: Tensor, labels: Tensor) -> Tensor:

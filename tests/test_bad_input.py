@@ -10,6 +10,7 @@ from test_main_job import FILES, SMALL
 import checkpoint
 import data
 import flags
+import reference
 import report
 import step
 import train
@@ -145,7 +146,7 @@ def test_a_missing_compiler_is_one_line(tmp_path, monkeypatch, capsys):
     class InvalidCxxCompiler(RuntimeError):
         __module__ = "torch._inductor.exc"
 
-    def compiled(net):
+    def compiled(net, dynamic):
         def failing(*_):
             raise InvalidCxxCompiler("No working C++ compiler found\nin all of these places")
 
@@ -156,6 +157,18 @@ def test_a_missing_compiler_is_one_line(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.splitlines()[-1] == (
         "error: --compile: No working C++ compiler found; train without it"
     )
+
+
+def test_a_killed_worker_is_one_line(tmp_path, monkeypatch, capsys):
+    def killed(*_, **__):
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error.\nMore of it")
+
+    monkeypatch.setattr(reference, "loader", killed)
+    run = ["--augment", "albumentations", "--out", str(tmp_path / "run")]
+    assert train.main([*SMALL, *run]) == 2
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert line.startswith("error: DataLoader worker (pid 7) is killed by signal: Bus error.; ")
+    assert line.endswith("goes on after the last line")
 
 
 def test_a_full_disk_is_one_line_that_names_the_way_on(tmp_path, capsys, no_pictures):

@@ -57,6 +57,17 @@ def test_each_process_draws_its_own_augmentation(pair):
     assert not (one == other).all(1).any()
 
 
+def test_what_has_no_gradient_is_left_alone(monkeypatch):
+    net = torch.nn.ModuleList([torch.nn.Linear(2, 3), torch.nn.Linear(3, 1)])
+    for parameter in net[0].parameters():
+        parameter.grad = torch.ones_like(parameter)
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    monkeypatch.setattr(ranks, "total", lambda tensor: 6 * tensor)
+    ranks.average_gradients(net)
+    assert all((parameter.grad == 3).all() for parameter in net[0].parameters())
+    assert all(parameter.grad is None for parameter in net[1].parameters())
+
+
 def test_the_processes_have_the_same_net_after_each_epoch(pair):
     for one, other in zip(*(rank["nets"] for rank in pair[1]), strict=True):
         for name, value in one.items():
