@@ -1,5 +1,7 @@
 """The augmentation of augment.py in albumentations, and a DataLoader around it: the reference."""
 
+import atexit
+import multiprocessing
 import os
 import random
 import signal
@@ -104,3 +106,13 @@ def start_worker(_number: int) -> None:
     reseed(torch.utils.data.get_worker_info().dataset.compose)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a job's, whose epoch ends first
     cv2.setNumThreads(0)
+
+
+@atexit.register
+def kill_workers() -> None:
+    """Those that an error left: multiprocessing would wait for ever after a SIGTERM, which they
+    ignore."""
+    if workers := multiprocessing.active_children():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise once more
+        for worker in workers:
+            worker.kill()

@@ -170,8 +170,9 @@ def ending_in_one_line(args: Namespace, device: torch.device, way_on: str) -> It
     except (RuntimeError, MemoryError) as error:
         if args.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise UserError(f"--compile: {first_line(error)}; train without it") from error
-        if "DataLoader worker" in str(error):  # killed, by a lack of memory as a rule
-            raise UserError(f"{first_line(error)}; {way_on}") from error
+        if "DataLoader worker" in str(error):  # killed, say, or without shared memory
+            said = str(error).strip().rpartition("\n")[2]
+            raise UserError(f"--workers {args.workers}: {said}; 0 needs none: {way_on}") from error
         if not is_out_of_memory(error):
             raise
         raise UserError(

@@ -159,16 +159,18 @@ def test_a_missing_compiler_is_one_line(tmp_path, monkeypatch, capsys):
     )
 
 
-def test_a_killed_worker_is_one_line(tmp_path, monkeypatch, capsys):
-    def killed(*_, **__):
-        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Bus error.\nMore of it")
+@pytest.mark.parametrize("before", ["", "Caught RuntimeError in DataLoader worker process 0.\n"])
+def test_a_worker_that_fails_is_one_line(tmp_path, monkeypatch, capsys, before):
+    said = "DataLoader worker (pid 7) is killed by signal: Bus error."
 
-    monkeypatch.setattr(reference, "loader", killed)
+    def failing(*_, **__):
+        raise RuntimeError(f"{before}{said}\n")
+
+    monkeypatch.setattr(reference, "loader", failing)
     run = ["--augment", "albumentations", "--out", str(tmp_path / "run")]
     assert train.main([*SMALL, *run]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith("error: DataLoader worker (pid 7) is killed by signal: Bus error.; ")
-    assert line.endswith("goes on after the last line")
+    assert line.startswith(f"error: --workers 2: {said}; 0 needs none: --resume ")
 
 
 def test_a_full_disk_is_one_line_that_names_the_way_on(tmp_path, capsys, no_pictures):

@@ -1,7 +1,10 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import cv2
 import numpy as np
@@ -93,6 +96,28 @@ def test_transforms_are_those_of_the_policy(border, mode):
     assert (light.brightness_limit, light.contrast_limit) == ((-0.2, 0.2), (-0.3, 0.3))
     assert (rgb.p, light.p) == (0.6, 0.7)
     assert (affine.border_mode, tuple(affine.fill)) == (mode, (1, 2, 3))
+
+
+LEFT = """
+import torch
+import reference
+from augment import Policy
+
+images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+loader = reference.loader(images, torch.zeros(4), [[0, 1]] * 9, Policy(), torch.zeros(3), 2)
+batches = iter(loader)
+next(batches)
+raise RuntimeError("left with two workers")
+"""
+
+
+@pytest.mark.slow
+def test_no_process_waits_for_workers_left_by_an_error():
+    root = Path(reference.__file__).parent
+    command = [sys.executable, "-c", LEFT]
+    ended = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 1
+    assert ended.stderr.endswith("RuntimeError: left with two workers\n")
 
 
 def test_flip_and_hole_are_independent():
