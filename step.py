@@ -93,7 +93,7 @@ def uphill(net: nn.Module, radius: float) -> Iterator[None]:
     over them all, and BatchNorm keeps no statistics. They are put back, bit for bit."""
     weights = [p for p in net.parameters() if p.grad is not None]
     gradients = [p.grad for p in weights]
-    norms = [m for m in net.modules() if isinstance(m, nn.BatchNorm2d)]
+    norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     length = nn.utils.get_total_norm(gradients).clamp(min=1e-12)
     with torch.no_grad():
         before = torch._foreach_mul(weights, 1)  # copies: a GPU makes them all in a few launches

@@ -109,6 +109,14 @@ def test_a_radius_takes_the_gradient_uphill_along_that_of_a_quarter():
         torch.testing.assert_close(ours, seen)
 
 
+def test_no_norm_keeps_statistics_uphill():
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.BatchNorm1d(144))
+    net(torch.randn(5, 3, 8, 8)).sum().backward()
+    with step.uphill(net, 0.1):
+        net(torch.randn(5, 3, 8, 8))
+    assert [net[1].num_batches_tracked, net[3].num_batches_tracked] == [1, 1]
+
+
 def test_weights_come_back_whatever_happens_uphill():
     net = build("net136k", 10)
     net(torch.randn(8, 3, 32, 32)).sum().backward()
