@@ -197,7 +197,7 @@ def whole_run(argv: list[str], cache_home: str) -> dict[str, float]:
     path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"XDG_CACHE_HOME": cache_home, "PYTHONPATH": path}
     environment["TRITON_CACHE_DIR"] = str(Path(cache_home, "triton"))
-    command = [sys.executable, "-c", CHILD, *argv]
+    command = [sys.executable, "-P", "-c", CHILD, *argv]  # -P: no modules of the current folder
     start = time.time()
     child = subprocess.run(command, env=environment, capture_output=True, text=True)
     total = time.time() - start

@@ -159,7 +159,7 @@ def make_scheduler(optimizer: torch.optim.Optimizer, args: Namespace, steps: int
     """Stepped once a batch: `onecycle` rises for a quarter of the run and falls to zero (Smith and
     Topin 2018); `cyclic` is triangles of eight to fifteen epochs, or one of a shorter run (Smith
     2017); `step` halves the rate every six epochs."""
-    total = args.epochs * steps
+    total = max(2, args.epochs * steps)  # the only step of one would have OneCycleLR's lowest rate
     highest = [group["lr"] for group in optimizer.param_groups]
     if args.schedule == "onecycle":
         rise = 0.25 if total != 4 else 0.3  # OneCycleLR divides by rise × total - 1

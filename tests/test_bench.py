@@ -3,7 +3,10 @@ import re
 from pathlib import Path
 
 import pytest
+import torch.nn.functional as F
 from test_data import files, png, write_tar
+from test_fields import Wrap, conv
+from torch import nn
 
 import bench
 from common import Terminated
@@ -93,6 +96,16 @@ def test_every_layer_beside_its_floor(arguments, briefly, tmp_path, capsys):
         assert (row["floor_seconds"] > 0) is (layer.multiply_adds > 0)
 
 
+def test_a_pooling_that_is_no_module_has_no_line(arguments, briefly, tmp_path, monkeypatch):
+    def pooled(m, x):
+        return m.b(F.avg_pool2d(m.a(x), 2).mean((2, 3)))
+
+    net = Wrap(pooled, conv(3, 4, 3), nn.Linear(4, 2))
+    monkeypatch.setattr(bench.model, "build", lambda *_: net)
+    assert bench.main(["layers", *arguments[1:3], "--device", "cpu"]) == 0
+    assert [row["name"] for row in result(tmp_path, "layers")["layers"]] == ["a", "b"]
+
+
 def test_what_a_step_is_made_of(arguments, briefly, tmp_path, capsys):
     assert bench.main(["kernels", *arguments[1:3], "--net", "net136k", "--device", "cpu"]) == 0
     assert max(map(len, capsys.readouterr().out.splitlines()[2:-1])) <= 80
@@ -115,7 +128,9 @@ def test_augmentations(arguments, briefly, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_startup(arguments, tmp_path):
+def test_startup(arguments, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("step.py").write_text("a module of the user's")
     what = [*arguments[1:3], "--net", "net136k", "--device", "cpu"]
     assert bench.main(["startup", *what]) == 0
     content = result(tmp_path, "startup-net136k")

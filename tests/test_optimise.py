@@ -81,6 +81,12 @@ def test_onecycle_rises_and_falls_to_zero_however_short_the_run(steps):
         assert 0.49 < max(rates) == max(rates[: steps // 4 + 1])
 
 
+def test_a_run_of_one_step_learns():
+    args = flags.parse_flags(["--epochs", "1", "--lr", "0.5"])
+    training = make_training(nn.Conv2d(3, 4, 3), args, CPU, 1)
+    assert training.optimizer.param_groups[0]["lr"] > 0.2
+
+
 @pytest.mark.parametrize(
     ("schedule", "expected"),
     [
