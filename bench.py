@@ -69,7 +69,7 @@ def bench_epoch(args: Namespace, argv: list[str]) -> None:
 def bench_layers(args: Namespace, argv: list[str]) -> None:
     """Forward and backward of each layer, beside the floor under it: where an epoch's time goes."""
     batch, (dataset, layers, precision) = ways.BATCH, prepared(args, ways.BATCH)
-    layers = [layer for layer in layers if not layer.kind.endswith("pool2d")]  # no modules
+    layers = [layer for layer in layers if not layer.kind.endswith("pool2d")]  # functions
     device, dtype = dataset.train_images.device, step.DTYPES[precision]
     ceilings = measure.measure_ceilings(device, dtype)
     settings = ways.settings(args.net, batch, precision)

@@ -24,7 +24,7 @@ MAX_ARCHIVE_BYTES = 2 << 30  # unpacked
 MAX_IMAGES = 1_000_000  # 3 GB of pixels
 CACHE_FORMAT = 5  # raise when what is cached changes
 
-TURNS = {  # by EXIF's orientation
+TURNS = {  # by EXIF's orientation; ImageOps.exif_transpose fails where any other tag is odd
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -165,8 +165,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:
-    """A grey image of integers, where one is above 255 of 16 bits, or of floats, up to 1 or like
-    those. Pillow would clip what is above 255."""
+    """A grey image of more bits or of floats, whose levels Pillow would clip at 255. Those of 16
+    bits, and of any image that goes beyond 255, end at 65,535; floats up to 1 are fractions."""
     values = np.array(image)
     levels = np.nan_to_num(values.astype(np.float32), posinf=0, neginf=0)
     if image.mode.startswith("I;16") or levels.max() > 255:
