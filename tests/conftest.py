@@ -50,14 +50,16 @@ def _generated_once():
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """A finished run in a folder of its own, and what it printed."""
+    """A finished run in a folder of its own, and what it printed; beside it, what it said on
+    stderr, where Python names each module that it imported."""
     from test_main_job import SMALL
 
     folder = tmp_path_factory.mktemp("finished") / "run"
     command = [sys.executable, "train.py", *SMALL, "--out", str(folder), "--target", "0.01"]
-    root = Path(__file__).parents[1]
-    result = subprocess.run(command, capture_output=True, text=True, cwd=root)
+    place = {"cwd": Path(__file__).parents[1], "env": os.environ | {"PYTHONPROFILEIMPORTTIME": "1"}}
+    result = subprocess.run(command, capture_output=True, text=True, **place)
     assert result.returncode == 0, result.stderr
+    (folder.parent / "stderr").write_text(result.stderr)
     return folder, result.stdout
 
 

@@ -1,3 +1,4 @@
+import copy
 import json
 import re
 from pathlib import Path
@@ -16,13 +17,16 @@ from model import build
 
 @pytest.fixture
 def arguments(tmp_path, monkeypatch, no_pictures):
-    """Two nets, few images; results go to a folder of the test's own."""
+    """Two nets, few images, small batches; results go to a folder of the test's own."""
     monkeypatch.setattr(bench.model, "NETS", ("atrous", "net136k"))
+    parser = bench.flags.make_parser()
+    parser.set_defaults(batch_size=32)
+    monkeypatch.setattr(bench.flags, "make_parser", lambda: copy.deepcopy(parser))
     monkeypatch.setattr(bench, "RESULTS", tmp_path / "results")
     colours = {"cat": (200, 40, 90), "dog": (30, 90, 160)}
     members = {
         f"{split}/{name}/{i}.png": png(tuple(c + i % 50 for c in colour))
-        for split, count in (("train", 130), ("test", 5))
+        for split, count in (("train", 32), ("test", 5))
         for name, colour in colours.items()
         for i in range(count)
     }
@@ -46,7 +50,7 @@ def briefly(monkeypatch):
     def one_more(*jobs, **_):
         return [{"name": "long" * 20, "count": 10.0, "seconds": 1.5}, *kernels(*jobs, rounds=1)]
 
-    monkeypatch.setattr(bench.ways, "BATCH", 64)
+    monkeypatch.setattr(bench.ways, "BATCH", 32)
     monkeypatch.setattr(bench.measure, "rates", two_a_second)
     monkeypatch.setattr(bench.measure, "phase_seconds", a_millisecond)
     monkeypatch.setattr(bench.measure, "kernels", one_more)
@@ -79,20 +83,20 @@ def test_an_epoch_and_its_phases(arguments, briefly, tmp_path, capsys):
     assert next(iter(ways)) == "ours"
     others = {"ours, sharpness-aware", "albumentations, 2 workers", "plain loop, fp32"}
     assert others | {f"plain loop, {match[1]}"} < set(ways)
-    assert set(ways.values()) == {50_000 / 64 / 2}
+    assert set(ways.values()) == {50_000 / 32 / 2}
 
 
 def test_every_layer_beside_its_floor(arguments, briefly, tmp_path, capsys):
     assert bench.main(["layers", *arguments[1:3], "--net", "net136k", "--device", "cpu"]) == 0
     _, title, heading, *rows, _ = capsys.readouterr().out.splitlines()
-    assert title.startswith("ms of each layer, batches of 64, net136k on pets")
+    assert title.startswith("ms of each layer, batches of 32, net136k on pets")
     layers = trace(build("net136k", 2)).layers
     assert [row.split()[:2] for row in rows] == [[layer.name, layer.kind] for layer in layers]
     assert max(map(len, [heading, *rows])) <= 80
     content = result(tmp_path, "layers-net136k")
     assert content["data"] == "pets"
     for row, layer in zip(content["layers"], layers, strict=True):
-        assert row["forward_seconds"] == row["backward_seconds"] == 64 * 0.001
+        assert row["forward_seconds"] == row["backward_seconds"] == 32 * 0.001
         assert (row["floor_seconds"] > 0) is (layer.multiply_adds > 0)
 
 
@@ -124,14 +128,15 @@ def test_augmentations(arguments, briefly, tmp_path, capsys):
     assert bench.main(["augment", *arguments[1:3], "--device", "cpu"]) == 0
     content = result(tmp_path, "augment")
     assert len(content["images_per_second"]) == len(capsys.readouterr().out.splitlines()) - 3
-    assert set(content["images_per_second"].values()) == {2 * 64}
+    assert set(content["images_per_second"].values()) == {2 * 32}
 
 
 @pytest.mark.slow
 def test_startup(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("step.py").write_text("a module of the user's")
-    what = [*arguments[1:3], "--net", "net136k", "--device", "cpu"]
+    archive = write_tar(tmp_path / "more.tar", files(train=128))  # for a batch of 256
+    what = ["--data", str(archive), "--net", "net136k", "--device", "cpu"]
     assert bench.main(["startup", *what]) == 0
     content = result(tmp_path, "startup-net136k")
     assert content["epochs"] == 1

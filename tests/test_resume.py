@@ -59,7 +59,7 @@ def test_ended_and_resumed_is_as_if_nothing_had_been(
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_ended_behind_its_last_epoch(finished, tmp_path, monkeypatch, capsys, number):
+def test_ended_behind_its_last_epoch(finished, tmp_path, monkeypatch, capsys, no_pictures, number):
     folder = shutil.copytree(finished[0], tmp_path / "run")
     before = (folder / "summary.json").read_text()
     (folder / "summary.json").unlink()
@@ -96,7 +96,7 @@ def test_a_recipe_is_recorded_and_resumed(tmp_path, capsys, no_pictures):
     folder = tmp_path / "run"
     arguments = [*SMALL, "--net", "net136k", "--recipe", "net136k", "--epochs", "1"]
     assert train.main([*arguments, "--out", str(folder)]) == 0
-    assert "not published: batch size 40" in capsys.readouterr().out
+    assert "not published: batch size 20" in capsys.readouterr().out
     config = json.loads((folder / "config.json").read_text())
     assert (config["recipe"], config["flags"]["recipe"]) == ("net136k", "net136k")
     assert config["flags"]["dropout"] == 0.1
@@ -109,10 +109,10 @@ def test_a_recipe_is_recorded_and_resumed(tmp_path, capsys, no_pictures):
 
 def test_a_resumed_run_keeps_its_data(finished, tmp_path, capsys):
     folder = shutil.copytree(finished[0], tmp_path / "run")
-    path = write_tar(tmp_path / "pets.tar", files(train=120))
+    path = write_tar(tmp_path / "pets.tar", files(train=60))
     assert train.main(["--resume", str(folder), "--data", str(path)]) == 2
     error = capsys.readouterr().err
-    assert re.search(r"on 120 images \(CRC \w+\), not pets's 120 images \(CRC", error)
+    assert re.search(r"on 60 images \(CRC \w+\), not pets's 60 images \(CRC", error)
     anew = ["--data-dir", str(tmp_path), "--workers", "0", "--device", "auto"]
     assert train.main(["--resume", str(folder), *anew]) == 0
     config = json.loads((folder / "config.json").read_text())
@@ -159,10 +159,10 @@ def test_before_its_first_checkpoint_too(finished, tmp_path, capsys, no_pictures
     config = (finished[0] / "config.json").read_text()
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.json").write_text(config)
-    other = write_tar(tmp_path / "pets.tar", files(train=120))
+    other = write_tar(tmp_path / "pets.tar", files(train=60))
     assert train.main(["--resume", str(tmp_path / "run"), "--data", str(other)]) == 2
     error = capsys.readouterr().err
-    assert "that run trains on 120 images" in error
+    assert "that run trains on 60 images" in error
     assert error.endswith(f"; let --data name its own, {json.loads(config)['data']}\n")
     assert (tmp_path / "run/config.json").read_text() == config
     assert train.main(["--resume", str(tmp_path / "run")]) == 0
@@ -241,7 +241,7 @@ def test_repeats(tmp_path, capsys, no_pictures):
     assert sum(f"--resume {folder} goes on with it" in line for line in errors) == 2
     assert not (folder / "s9").exists()
     before = (folder / "config.json").read_text()
-    other = write_tar(tmp_path / "pets.tar", files(train=120))
+    other = write_tar(tmp_path / "pets.tar", files(train=60))
     assert train.main(["--resume", str(folder), "--data", str(other)]) == 2
     assert (folder / "config.json").read_text() == before
     assert train.main(["--resume", str(folder), "--data-dir", str(tmp_path)]) == 0

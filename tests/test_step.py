@@ -53,7 +53,8 @@ def test_what_the_net_sees():
 def taken(precision):
     torch.manual_seed(0)
     dataset = data.load("synthetic", None, CPU, train_images=32)
-    net = build("net136k", 10).to(memory_format=torch.channels_last)
+    layers = nn.Conv2d(3, 16, 4, 4), nn.BatchNorm2d(16), nn.Flatten(), nn.Linear(1024, 10)
+    net = nn.Sequential(*layers).to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9, nesterov=True)
     scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16")
     inputs = data.normalize(dataset.train_images, dataset.mean, dataset.std)
@@ -192,25 +193,25 @@ def test_a_step_reads_nothing_on_the_host(extra, radius, monkeypatch):
 
 
 def learner(argv, radius=0.0, device="cuda"):
-    """Four batches, a Training of seven epochs of them and its step."""
+    """Two batches, a Training of seven epochs of them and its step."""
     base = ["--net", "net136k", "--batch-size", "32", "--epochs", "7", "--precision", "fp32"]
     args = flags.parse_flags([*base, *argv])
     device = torch.device(device)
-    dataset = data.load("synthetic", None, device, train_images=4 * args.batch_size)
+    dataset = data.load("synthetic", None, device, train_images=2 * args.batch_size)
     torch.manual_seed(0)
-    training = make_training(build(args.net, 10, args.dropout), args, device, 4)
+    training = make_training(build(args.net, 10, args.dropout), args, device, 2)
     inputs = data.normalize(dataset.train_images, dataset.mean, dataset.std)
-    batches = list(zip(inputs.chunk(4), dataset.train_labels.chunk(4), strict=True))
+    batches = list(zip(inputs.chunk(2), dataset.train_labels.chunk(2), strict=True))
     return batches, training, step.make_step(training, dataset, args, radius)
 
 
 def learnt(batches, training, take_step):
-    """Rates and losses of 28 steps, beyond the first drop of `step`; the state they end in."""
+    """Rates and losses of 14 steps, beyond the first drop of `step`; the state they end in."""
     training.net.train()
     losses, rates = [], []
-    for number in range(28):
+    for number in range(14):
         rates.append(float(training.scheduler.get_last_lr()[0]))
-        losses.append(take_step(*batches[number % 4])[0])
+        losses.append(take_step(*batches[number % 2])[0])
         training.scheduler.step()
     weights = [tensor.flatten().float() for tensor in training.net.state_dict().values()]
     assert sum(losses[-4:]) < sum(losses[:4])
@@ -256,7 +257,7 @@ def test_repeated_operations_learn_what_steps_learn(schedule, radius, monkeypatc
     monkeypatch.setattr(step, "warmed_up", lambda job: [job() for _ in range(3)])
     taken = []
     for graph in (True, False):
-        given = ["--net", "atrous", "--batch-size", "4", "--schedule", schedule, "--lr", "0.05"]
+        given = ["--net", "atrous", "--batch-size", "5", "--schedule", schedule, "--lr", "0.05"]
         batches, training, take_step = learner(given, radius, "cpu")
         for group in training.optimizer.param_groups:
             group["fused"] = True

@@ -37,8 +37,9 @@ def test_every_augmentation_touches_as_many_images(dataset, monkeypatch):
             assert abs(share - 0.5 * 0.5 * 0.75) < 0.06, name
 
 
-def test_a_plain_loop_learns(dataset):
-    settings = ways.settings("net136k", 64, "fp32")
+def test_a_plain_loop_learns():
+    dataset = data.load("synthetic", None, CPU, train_images=40)
+    settings = ways.settings("net136k", 16, "fp32")
     losses = list(islice(ways.plain_loop(dataset, settings)(), 20))
     assert sum(losses[-5:]) < 0.97 * sum(losses[:5])
 
@@ -56,9 +57,10 @@ def test_a_plain_loop_has_its_precision(dataset, precision, monkeypatch):
     assert seen == [ways.step.DTYPES[precision]]
 
 
-def test_training_goes_on_epoch_after_epoch(dataset):
+def test_training_goes_on_epoch_after_epoch():
+    dataset = data.load("synthetic", None, CPU, train_images=80)
     for argv in ([], ["--augment", "albumentations", "--workers", "1"]):
-        settings = ways.settings("net136k", 64, "fp32", "--optimizer", "sgd", "--lr", "3", *argv)
+        settings = ways.settings("net136k", 16, "fp32", "--optimizer", "sgd", "--lr", "3", *argv)
         losses = torch.stack(list(islice(ways.training(dataset, settings)(), 24)))[:, 0]
         assert losses[-6:].mean() < 0.97 * losses[:6].mean()
 
