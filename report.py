@@ -137,9 +137,8 @@ def show(summary: dict[str, Any]) -> None:
 
 def write_card(folder: Path, summary: dict[str, Any], flags: dict[str, Any]) -> None:
     """The model card, `card.md`: what was trained how on what, and how good it is."""
-    shares = "\n".join(
-        f"| {name} | {share:.1%} |" for name, share in summary["class_accuracy"].items()
-    )
+    shown = {k.replace("|", r"\|"): share for k, share in summary["class_accuracy"].items()}
+    shares = "\n".join(f"| {name} | {share:.1%} |" for name, share in shown.items())
     given = ", ".join(f"`{key} {value}`" for key, value in flags.items() if value is not None)
     text = f"""# {summary["net"]} on {summary["data"]}
 

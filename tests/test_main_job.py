@@ -212,6 +212,14 @@ def test_a_class_that_no_test_image_has(tmp_path, no_pictures):
     assert set(summary["class_accuracy"].values()) <= {0.0, 0.5, 1.0}
 
 
+def test_a_class_whose_name_would_break_a_table(tmp_path, no_pictures):
+    members = {name.replace("cat", "a|b"): blob for name, blob in files(train=8).items()}
+    run = ["--data", str(write_tar(tmp_path / "pets.tar", members)), "--batch-size", "8"]
+    run += ["--net", "net136k", "--epochs", "1", "--device", "cpu", "--out", str(tmp_path / "run")]
+    assert train.main(run) == 0
+    assert "\n| a\\|b | " in (tmp_path / "run/card.md").read_text()
+
+
 @pytest.mark.parametrize("augment", ["albumentations", "none"])
 def test_other_augmentations(augment, tmp_path, no_pictures):
     extra = ["--net", "net136k", "--augment", augment, "--out", str(tmp_path / "run")]
