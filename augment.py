@@ -25,7 +25,7 @@ class Policy:
     affine_p: float = 0.5
     border: str = "reflect101"  # what lies outside the image: its mirror image, or the fill
     cutout: int = 16  # largest side of the hole, pixels
-    cutout_min: int | None = None  # smallest side, width and height drawn apart; None: the largest
+    cutout_min: int | None = None  # smallest side, from 1, drawn for x and y; None: the largest
     cutout_p: float = 0.25
     fill: float | None = None  # level of the hole and a constant border; None: the images' mean
     rgb_shift: tuple[float, float, float] = (0.0, 0.0, 0.0)  # largest shift a channel, levels
@@ -127,6 +127,8 @@ def apply(
         return torch.where(_inside(hole, size), fill, images)
 
     images = images.to(torch.float32, copy=True)
+    if isinstance(fill, Tensor):
+        fill = fill.to(images)
     images = _where(params.flip, lambda images: images.flip(3), images)
     images = _where(params.affine, warp, images, inverse_matrix(params, size))
     return _where(params.hole[:, 2] > 0, cut, images, params.hole)

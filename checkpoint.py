@@ -56,7 +56,7 @@ def load_net(path: Path) -> tuple[nn.Module, dict[str, Any]]:
         net.load_state_dict(content["state_dict"])
         if missing := {"mean", "std"} - content.keys():
             raise KeyError(", ".join(sorted(missing)))
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (UserError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(
             f"{path} holds no net of this atrous: {first_line(error)}; use the one that wrote it"
         ) from error

@@ -62,8 +62,8 @@ def exit_status(job: Callable[[], None]) -> int:
         return 141
     except (UserError, OSError) as error:
         line = " ".join(str(error).split())  # a library's message has many
-        line = "".join(c if c.isprintable() else "?" for c in line)
-        sys.stderr.write(f"error: {line}\n")  # at once: torchrun's processes may err together
+        # At once: torchrun's processes may err together.
+        sys.stderr.write(f"error: {printable(line)}\n")
         return 2
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
@@ -79,6 +79,11 @@ def exit_status(job: Callable[[], None]) -> int:
     finally:
         signal.signal(signal.SIGTERM, previous)
     return 0
+
+
+def printable(text: str) -> str:
+    """With escapes for what a terminal would obey, as a file's name may hold."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "allocate memory", "ALLOC_FAILED")

@@ -106,7 +106,7 @@ def make_parser() -> Parser:
     flag(
         "--repeat", type=number(int, 1, 1000), default=1, help="so many seeds, in DIR/s0, DIR/s1, …"
     )
-    flag("--out", metavar="DIR", help="the run folder (default: runs/<net>-<data>-s<seed>)")
+    flag("--out", metavar="DIR", help="the run folder; None: runs/<net>-<data>-s<seed>")
     flag("--resume", metavar="DIR", help="go on with the run in DIR, with its own flags")
     return parser
 

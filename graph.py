@@ -13,6 +13,7 @@ from torch.fx.passes.shape_prop import ShapeProp
 
 from common import UserError, first_line
 from fields import NOTHING, Field, Fields, union
+from mirror import MirrorNorm
 
 POOLINGS = (nn.AvgPool2d, nn.MaxPool2d, nn.LPPool2d)
 ADAPTIVE = (nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
@@ -75,8 +76,7 @@ class Trace:
 
 class Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        # MirrorNorm is one too, as the BatchNorm that it is.
-        return isinstance(m, nn.BatchNorm2d) or super().is_leaf_module(m, module_qualified_name)
+        return isinstance(m, MirrorNorm) or super().is_leaf_module(m, module_qualified_name)
 
 
 def trace(module: nn.Module, input_shape: tuple[int, int, int] = (3, 32, 32)) -> Trace:

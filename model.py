@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 import zoo
+from common import UserError
 from mirror import MirrorNorm, MirrorPool, mirrored
 
 NETS = ("atrous", *zoo.TABLES)
@@ -11,11 +12,13 @@ NETS = ("atrous", *zoo.TABLES)
 def build(name: str, num_classes: int, dropout: float = 0.0) -> nn.Module:
     """The net `name`, giving logits (N, num_classes) for images (N, 3, 32, 32).
 
-    Raises KeyError for a name that is not one of NETS.
+    Raises UserError for a name that has no line here.
     """
     if name == "atrous":
         return atrous(num_classes, dropout)
-    return zoo.build(name, num_classes, dropout)
+    if name in zoo.TABLES:
+        return zoo.build(name, num_classes, dropout)
+    raise UserError(f"--net {name}: no line of model.py's build makes it")
 
 
 def conv(inputs: int, outputs: int, kernel: int = 3, **options: int) -> nn.Conv2d:

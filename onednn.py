@@ -99,13 +99,18 @@ def precisely(
     if not (slow or wrong):
         return convolution(x)
     wide = x.float()
-    address = wide.data_ptr()
+    address, version = wide.data_ptr(), x._version
 
-    def narrow(saved: Tensor) -> Tensor:  # x, which is kept anyway, where backward needs `wide`
+    def narrowed(saved: Tensor) -> Tensor:  # x, which is kept anyway, where backward needs `wide`
         return x if saved.data_ptr() == address else saved
+
+    def widened(kept: Tensor) -> Tensor:
+        if kept is x and x._version != version:  # PyTorch, which would tell, has lost sight of it
+            raise RuntimeError("a convolution's input was changed in place before its backward")
+        return kept.float()
 
     with (
         torch.autocast(x.device.type, enabled=False),
-        torch.autograd.graph.saved_tensors_hooks(narrow, Tensor.float),
+        torch.autograd.graph.saved_tensors_hooks(narrowed, widened),
     ):
         return convolution(wide).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Every picture of a run, and of several beside each other.
+"""The pictures of a run, and of several beside each other.
 
 python plots.py RUN [RUN…] [--images 3 17 …]
 """
@@ -22,6 +22,7 @@ from fields import Fields
 
 Panel = tuple[str, np.ndarray, np.ndarray, np.ndarray]
 
+KINDS = (".png", ".jpg", ".pdf", ".svg")
 # The colour-blind-safe colours of Okabe and Ito.
 OKABE_ITO = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 BLUE, ORANGE, GREEN = OKABE_ITO[:3]
@@ -303,25 +304,34 @@ def main(argv: list[str]) -> int:
         parser = Parser(prog="plots.py", description="Draw runs again, and several side by side.")
         parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="runs' folders")
         parser.add_argument(
-            "--images", type=int, nargs="+", help="test images to look into, by number"
+            "--images", type=int, nargs="+", help="test images to look into; behind the runs"
         )
         parser.add_argument("--out", type=Path, help="of several runs (default: comparison.png)")
         args = parser.parse_args(argv)
-        histories = {str(run): redraw(run, args.images) for run in dict.fromkeys(args.runs)}
-        for run in histories:
+        out = args.out or Path("comparison.png")
+        if out.suffix not in KINDS:
+            raise UserError(f"--out {out}: a picture's name ends in {', '.join(KINDS)}")
+        histories = {}
+        for run in dict.fromkeys(args.runs):
+            histories[named(run)] = redraw(run, args.images)
             print(f"drawn: {run}/*.png")
         if len(histories) > 1 or args.out:
-            out = args.out or Path("comparison.png")
             comparison(out, histories)
             print(f"drawn: {out}")
 
     return exit_status(job)
 
 
+def named(run: Path) -> str:
+    """As a line of `comparison` is: what was not tested on the test images says so."""
+    holdout = checkpoint.load_config(run)["flags"].get("holdout")
+    return f"{run}, {holdout:,} held-out images" if holdout else str(run)
+
+
 def _save(figure: Figure, path: Path) -> None:
     with written_whole(path) as file, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph")  # a class may be named 日本
-        figure.savefig(file, format="png", dpi=120)
+        figure.savefig(file, format=path.suffix[1:], dpi=120)
 
 
 if __name__ == "__main__":

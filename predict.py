@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import checkpoint
 import data
 import step
-from common import SIZE, Parser, exit_status
+from common import SIZE, Parser, exit_status, printable
 from flags import number
 from image_files import is_hidden, to_rgb, why_unreadable
 from machine import DEVICES, choose_device
@@ -63,7 +63,7 @@ def named_files(arguments: list[str], failed: list[str]) -> Iterator[tuple[str, 
 
 
 def skip(name: str, why: str, failed: list[str]) -> None:
-    print(f"skipped: {name}: {why}", file=sys.stderr)
+    print(f"skipped: {printable(name)}: {why}", file=sys.stderr)
     failed.append(name)
 
 
@@ -107,6 +107,7 @@ def classify(args: Namespace) -> bool:
     if args.json:
         print(json.dumps([{"image": name, "predictions": best} for name, best in results]))
         return not failed
+    results = [(printable(name), best) for name, best in results]
     width = max((len(name) for name, _ in results), default=0)
     widest = max(map(len, classes))
     for name, best in results:

@@ -32,7 +32,15 @@ import model
 import ranks
 import report
 import step
-from common import Terminated, UserError, exit_status, first_line, going_on, is_out_of_memory
+from common import (
+    SIZE,
+    Terminated,
+    UserError,
+    exit_status,
+    first_line,
+    going_on,
+    is_out_of_memory,
+)
 from flags import describe_recipe, identity, parse_flags
 from machine import (
     be_deterministic,
@@ -78,6 +86,8 @@ def run(
             start -= training.elapsed
         elif not (folder / "summary.json").exists():
             write_config(folder, {"flags": vars(args) | {"resume": None}, **facts}, device)
+        else:
+            note_source(folder, dataset, args)
         if (folder / "summary.json").exists():
             print(f"{folder} has ended already, after epoch {args.epochs}")
             return checkpoint.load_summary(folder)
@@ -112,6 +122,12 @@ def facts_of(
 ) -> dict[str, Any]:
     """What is known of a run before its first step, for its config and summary."""
     trace = graph.trace(net)
+    with torch.no_grad():
+        logits = net.eval()(torch.zeros(1, 3, SIZE, SIZE))
+    if getattr(logits, "shape", None) != (1, len(dataset.classes)):
+        raise UserError(
+            f"--net {args.net}: gives no logits (N, {len(dataset.classes)}), one for each class"
+        )
     return {
         "data": dataset.name,
         "images": dataset.checksum,

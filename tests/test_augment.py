@@ -85,6 +85,14 @@ def ours(images, params, border="reflect101", fill=FILL):
     return apply(images, params, fill.view(-1, 1, 1), border)
 
 
+def test_a_fill_of_another_type(images, params):
+    images, params = images[:50], some(params, slice(50))
+    for border in BORDERS:
+        found = ours(images, params, border, FILL.double())
+        assert found.dtype == torch.float32
+        assert torch.equal(found, ours(images, params, border))
+
+
 def exact(params):
     """The images that need no interpolation."""
     return ~params.affine

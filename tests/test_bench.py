@@ -131,6 +131,12 @@ def test_augmentations(arguments, briefly, tmp_path, capsys):
     assert set(content["images_per_second"].values()) == {2 * 32}
 
 
+def test_a_missing_package_is_one_line(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert bench.main(["augment"]) == 2
+    assert "kornia is missing: pip install -r requirements-extra.txt" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_startup(arguments, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

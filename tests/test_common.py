@@ -42,7 +42,7 @@ def test_an_error_is_a_line_of_readable_characters(capsys):
         raise common.UserError("first\nsecond \x1b[2J\u202e")
 
     assert common.exit_status(job) == 2
-    assert capsys.readouterr().err == "error: first second ?[2J?\n"
+    assert capsys.readouterr().err == "error: first second \\x1b[2J\\u202e\n"
 
 
 def test_an_error_is_written_at_once(monkeypatch):

@@ -46,7 +46,14 @@ def run(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def printed(run):
     """What a first export says of the two files that it writes."""
-    with redirect_stdout(io.StringIO()) as said:
+    to_int8, calibrating = export.to_int8, checkpoint.load_data(run, torch.device("cpu"))
+
+    def noting(model, images):
+        assert (images == export.drawn(calibrating.train_images.numpy())).all()
+        return to_int8(model, images)
+
+    with redirect_stdout(io.StringIO()) as said, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(export, "to_int8", noting)
         assert export.main([str(run), "--int8"]) == 0
     return said.getvalue()
 
@@ -95,15 +102,20 @@ def test_a_file_is_little_more_than_the_parameters(exported):
 
 def test_the_figures_it_prints(exported, printed):
     first, *lines = printed.splitlines()
+    assert first.startswith("200 images tested on")
     dataset = checkpoint.load_data(exported, torch.device("cpu"))
     net, _ = checkpoint.load_net(exported / "model.pt")
-    right = step.predict_logits(net, dataset, "fp32").argmax(1) == dataset.test_labels
-    share = right.float().mean()
-    file = exported / "model.onnx"
-    assert first.startswith("200 images tested on")
-    assert lines[0] == f"{file}: {file.stat().st_size / 1000:.0f} kB"
-    assert lines[1].strip() == f"{share:.2%} of the 200 images of synthetic tested on"
-    assert re.fullmatch(r"  on one CPU core \S+ ms for one image, \S+ images/s .* of 100", lines[2])
+    rough = exported / "model.int8.onnx"
+    logits = (
+        step.predict_logits(net, dataset, "fp32").numpy(),
+        export.session(rough.read_bytes())(dataset.test_images.numpy()),
+    )
+    for file, found in zip((exported / "model.onnx", rough), logits, strict=True):
+        size, accuracy, seconds, *lines = lines
+        share = (found.argmax(1) == dataset.test_labels.numpy()).mean()
+        assert size == f"{file}: {file.stat().st_size / 1000:.0f} kB"
+        assert accuracy == f"  {share:.2%} of the 200 images of synthetic tested on"
+        assert re.fullmatch(r"  on one CPU core \S+ ms for one image, \S+ images/s .* 100", seconds)
 
 
 def test_what_calibrates_is_of_every_class_in_whatever_order():

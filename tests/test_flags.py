@@ -49,6 +49,20 @@ def test_help_and_readme_name_every_flag(capsys):
         assert re.search(f"{option}[ `]", " ".join(rows))
 
 
+def test_help_names_defaults(capsys):
+    with pytest.raises(SystemExit):
+        flags.parse_flags(["--help"])
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "SGD's largest; Muon's: 1/10 (default: 0.4)" in printed
+
+
+def test_what_a_resumed_run_may_be_given_anew():
+    said = " ".join((ROOT / "README.md").read_text().split())
+    (named,) = re.findall(r"Only ((?:`[a-z-]+`(?:, | and )?)+) may be given anew", said)
+    options = {flags.option(name) for name in flags.MAY_CHANGE}
+    assert options == {"--resume", *re.findall("`(.*?)`", named)}
+
+
 def test_flags_reach_the_step(tmp_path, monkeypatch, no_pictures):
     seen, train_step = [], step.train_step
 

@@ -43,7 +43,11 @@ def test_a_layer_of_its_own_is_what_it_computes():
         def forward(self, x):
             return F.avg_pool2d(super().forward(x), 3, 1, 1)
 
-    assert receptive_field(Blurred()) == 3
+    class BlurredNorm(nn.BatchNorm2d):
+        def forward(self, x):
+            return F.avg_pool2d(x, 3, 1, 1)
+
+    assert receptive_field(nn.Sequential(Blurred(), BlurredNorm(3))) == 5
 
 
 def test_what_changes_unseen_by_the_graph():

@@ -76,11 +76,15 @@ def test_summary_agrees_with_the_predictions(finished):
     right = (logits.argmax(1) == dataset.test_labels.numpy()).mean()
     assert summary["final_accuracy"] == pytest.approx(right)
     assert summary["final_accuracy"] == lines(folder)[-1]["test_accuracy"]
+    loss = F.cross_entropy(torch.from_numpy(logits), dataset.test_labels).item()
+    assert lines(folder)[-1]["test_loss"] == pytest.approx(loss, rel=1e-4)
     assert summary["best_accuracy"] >= summary["final_accuracy"]
     assert (summary["parameters"], summary["receptive_field"]) == (186_858, 90)
     assert (summary["data"], summary["tested_on"]) == ("synthetic", "50 held-out training images")
     assert summary["target_reached"]["epoch"] == 1
-    assert summary["total_seconds"] > summary["training_seconds"] > 0
+    assert lines(folder)[0]["seconds"] <= summary["target_reached"]["seconds"]
+    assert summary["target_reached"]["seconds"] < summary["training_seconds"]
+    assert summary["training_seconds"] < summary["total_seconds"]
     assert summary["versions"]["torch"] == torch.__version__.partition("+")[0]
     assert summary["device"].startswith("CPU")
 

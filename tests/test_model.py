@@ -2,9 +2,13 @@ import math
 
 import pytest
 import torch
+from test_main_job import SMALL
 from torch import nn
 
+import checkpoint
+import model
 import rf
+import train
 from graph import trace
 from mirror import MirrorPool
 from model import Residual, build
@@ -60,3 +64,22 @@ def test_blocks_start_as_the_identity():
     for block in blocks:
         x = torch.randn(2, block.layers[0].in_channels, 8, 8)
         assert torch.equal(block(x), x.relu())
+
+
+def test_a_net_of_ones_own(tmp_path, monkeypatch, capsys, no_pictures):
+    def own(name, num_classes, dropout=0.0):
+        layers = nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), MirrorPool()
+        return nn.Sequential(*layers, nn.Linear(4, num_classes))
+
+    monkeypatch.setattr(model, "NETS", (*model.NETS, "mine"))
+    run = [*SMALL, "--net", "mine", "--out", str(tmp_path / "run")]
+    assert train.main(run) == 2
+    assert "--net mine: no line of model.py's build makes it" in capsys.readouterr().err
+    monkeypatch.setattr(model, "build", lambda *_: own("mine", 3))
+    assert train.main(run) == 2
+    assert "--net mine: gives no logits (N, 10)" in capsys.readouterr().err
+    for module in (model, checkpoint):
+        monkeypatch.setattr(module, "build", own)
+    assert train.main(run) == 0
+    net, _ = checkpoint.load_net(tmp_path / "run/model.pt")
+    assert net(torch.zeros(1, 3, 32, 32)).shape == (1, 10)

@@ -72,6 +72,16 @@ def test_dilated_convolutions_as_plain_ones(options, size, plain):
     assert (convolutions.dilations == {(1, 1)}) == plain
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_input_that_is_changed_before_its_backward(dtype):
+    layer = nn.Conv2d(6, 6, 5, padding=2, groups=6)
+    onednn.take_over(layer)
+    x = torch.randn(2, 6, 8, 8, requires_grad=True).to(dtype, copy=True)
+    x += layer(x)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        x.sum().backward()
+
+
 @pytest.mark.parametrize("capability", ["AVX2", "AVX512"])
 @pytest.mark.parametrize(
     "options", [{}, {"bias": False}, {"groups": 2}, {"stride": 2}, {"padding": 1}]

@@ -166,7 +166,9 @@ def run(tmp_path, monkeypatch):
 
 def test_grad_cam_lights_up_what_was_predicted(run):
     dataset = checkpoint.load_data(run)
-    ((caption, image, cam, field),) = plots.grad_cam_panels(run, dataset, [1])
+    other, (caption, image, cam, field) = plots.grad_cam_panels(run, dataset, [0, 1])
+    assert (other[1] == dataset.test_images[0].permute(1, 2, 0).numpy()).all()
+    assert (other[2] != cam).any()
     assert caption.endswith(f"as {dataset.classes[1]}")
     assert image.shape == (32, 32, 3)
     assert cam[24:, 24:].min() > 0.9
@@ -223,10 +225,16 @@ def test_runs_side_by_side(run, tmp_path, monkeypatch):
     assert not Path("comparison.png").exists()  # it is one and the same
     assert plots.main([str(run), "--out", "alone.png"]) == 0
     assert is_picture(Path("alone.png"))
+    assert plots.main([str(run), "--out", "alone.pdf"]) == 0
+    assert Path("alone.pdf").read_bytes().startswith(b"%PDF")
     other = tmp_path / "other"
     other.mkdir()
     (other / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes())
+    (other / "config.json").write_text('{"flags": {"holdout": 5000}}')
+    names, comparison = [], plots.comparison
+    monkeypatch.setattr(plots, "comparison", lambda *of: names.extend(of[1]) or comparison(*of))
     assert plots.main([str(run), str(other)]) == 0
+    assert names == [str(run), f"{other}, 5,000 held-out images"]
     assert is_picture(Path("comparison.png"))
 
 
@@ -237,6 +245,7 @@ def test_mistakes_of_the_user_are_one_line(run, capsys):
         return line
 
     assert "--images 60: synthetic has 60 test images" in error(run, "--images", "60")
+    assert "--out a.gif: a picture's name ends in .png" in error(run, "--out", "a.gif")
     assert "a picture shows 100 at most" in error(run, "--images", *range(50), *range(51))
     metrics = (run / "metrics.jsonl").read_text()
     for text in ("{}\n", metrics.replace("test_accuracy", "accuracy"), '{"epoch": "x"}\n'):

@@ -171,16 +171,17 @@ def test_a_folder_without_images_is_skipped(run, tmp_path, capsys):
 
 def test_a_bad_file_is_skipped(run, tmp_path, capsys):
     good = save(tmp_path / "good.png", (9, 250, 9))
-    bad = tmp_path / "bad.png"
+    bad = tmp_path / "b\x1bad.png"
     bad.write_bytes(Path(good).read_bytes()[:60])
     status, results, error = classified(capsys, run, bad, good, tmp_path / "gone.png")
     assert status == 1
     assert list(results) == [good]
     first, second = error.splitlines()
-    assert first.startswith(f"skipped: {bad}: ")
+    assert first.startswith(f"skipped: {tmp_path}/b\\x1bad.png: ")
     assert "gone.png" in second
     bad.write_bytes(b"no image")
-    assert classified(capsys, run, bad)[2] == f"skipped: {bad}: of no known format\n"
+    said = f"skipped: {tmp_path}/b\\x1bad.png: of no known format\n"
+    assert classified(capsys, run, bad)[2] == said
 
 
 def test_what_would_start_a_program_or_is_hidden_is_not_read(run, tmp_path, capsys, monkeypatch):

@@ -209,6 +209,8 @@ def test_results_without_a_checkpoint_stay_as_they_are(finished, tmp_path, capsy
     assert train.main(["--resume", str(folder)]) == 0
     assert "has ended already, after epoch 2" in capsys.readouterr().out
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert train.main(["--resume", str(folder), "--data-dir", "elsewhere"]) == 0
+    assert checkpoint.load_config(folder)["flags"]["data_dir"] == "elsewhere"
 
 
 def test_killed_between_its_last_checkpoint_and_its_metrics(finished, tmp_path, no_pictures):
