@@ -163,7 +163,8 @@ def epoch_row(dataset: data.Dataset, settings: Namespace) -> dict[str, Any]:
 
 
 def epoch_ways(dataset: data.Dataset, net: str, precision: str) -> dict[str, float]:
-    """Seconds of an epoch in every way, of batches of `ways.BATCH`."""
+    """Seconds of an epoch in every way, of batches of `ways.BATCH`; as a rule a loader's start,
+    before its first batches, is not counted."""
     device = dataset.train_images.device
     flags_of: dict[str, list[str]] = {"ours": []}
     if device.type == "cuda":

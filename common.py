@@ -87,6 +87,7 @@ def printable(text: str) -> str:
 
 
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "allocate memory", "ALLOC_FAILED")
+OUT_OF_MEMORY += ("STATUS_NOT_INITIALIZED",)  # cuBLAS's and cuDNN's word
 
 
 def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:

@@ -19,7 +19,8 @@ def take_over(net: nn.Module) -> None:
     """
 
     def forward(layer: nn.Conv2d, x: Tensor) -> Tensor:
-        if x.shape[2] != x.shape[3] or not triton_kernels(x):
+        few = x.numel() < 2**31  # places are counted in 32 bits
+        if not few or x.shape[2] != x.shape[3] or not triton_kernels(x):
             return type(layer).forward(layer, x)
         return depthwise(x, layer.weight, layer.stride[0], layer.padding[0], layer.dilation[0])
 

@@ -45,8 +45,8 @@ def training_batches(dataset: data.Dataset, args: Namespace) -> Iterator[tuple[T
             pin_memory=device.type == "cuda",
         )
         for images, labels in loader:
-            images = images.to(device, non_blocking=True)
-            yield data.normalize(images, dataset.mean, dataset.std), labels.to(device)
+            images, labels = (each.to(device, non_blocking=True) for each in (images, labels))
+            yield data.normalize(images, dataset.mean, dataset.std), labels
         return
     policy = policy_of(args) if args.augment == "device" else None
     several, size = batches_at_once(args.batch_size, device), len(batches[0])

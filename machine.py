@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common import UserError, first_line
+from common import UserError, first_line, is_out_of_memory
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 DEVICES = ("auto", "cpu", "cuda", "mps")
@@ -64,11 +64,14 @@ def choose_precision(name: str, device: torch.device) -> str:
     """bf16 on a GPU that has it, else fp16; bf16 on a CPU that is fast in it, where onednn.py keeps
     slow layers in fp32. Elsewhere fp32: steps in bf16 took an Intel Xeon with
     AVX512-BF16 but without AMX 1.2 to 1.4 times as long, all six nets, and a CPU without either
-    eight times (AVX2)."""
+    eight times (AVX2). Raises UserError for bf16 on a GPU that lacks it."""
+    if device.type == "cuda":
+        best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+        if name == "bf16" != best:
+            raise UserError("--precision bf16: this GPU has none; take fp16 or fp32")
+        return best if name == "auto" else name
     if name != "auto":
         return name
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     fast = device.type == "cpu" and _is_fast_in_bf16(torch.cpu.get_capabilities())
     return "bf16" if fast else "fp32"
 
@@ -88,6 +91,8 @@ def _kernels_on(device: torch.device) -> ModuleType | None:
 
         kernels.mirrored(torch.zeros(1, 1, 1, 1, device=device), None)
     except Exception as error:  # whatever Triton makes of it
+        if is_out_of_memory(error):
+            raise
         print(
             f"warning: Triton cannot compile here: {first_line(error)}; "
             "training goes on by PyTorch's own kernels, more slowly",

@@ -126,11 +126,11 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 def floor_seconds(
     layers: list[graph.Layer], batch: int, dtype: torch.dtype, ceilings: Ceilings
 ) -> float:
-    """Which no step can beat that computes layer by layer, on maps too large for a cache (the
-    roofline model, Williams et al. 2009): for each convolution the larger of its traffic – input,
-    output and weights once forward, twice backward – and its multiply-adds, norms and activations
-    free; the augmentation's uint8 read and output written; 5 × 4 bytes a parameter for the
-    optimiser."""
+    """Which no step can beat that computes layer by layer, on maps too large for a cache, as those
+    of a batch of 256 are not for an H100's of 50 MB (the roofline model, Williams et al. 2009): for
+    each convolution the larger of its traffic – input, output and weights once forward, twice
+    backward – and its multiply-adds, norms and activations free; the augmentation's uint8 read and
+    output written; 5 × 4 bytes a parameter for the optimiser."""
     parameters = sum(layer.parameters for layer in layers)
     moved = batch * 3 * SIZE * SIZE * (1 + dtype.itemsize) + 5 * 4 * parameters
     each = (layer_floor_seconds(layer, batch, dtype, ceilings) for layer in layers)

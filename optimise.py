@@ -1,5 +1,6 @@
 """What changes as a net learns – weights, optimiser, schedule, loss scale – and its state."""
 
+import warnings
 from argparse import Namespace
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -54,6 +55,8 @@ def make_training(net: nn.Module, args: Namespace, device: torch.device, steps: 
 
         depthwise.take_over(net)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
+    if scaler.is_enabled():  # which may skip the first step
+        warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
     optimizer = Muon(
         parameter_groups(net, args),
         lr=args.lr,

@@ -7,6 +7,7 @@ BatchNorm normalises by each process's own share. With one process all of this i
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -33,7 +34,9 @@ def joined(device: torch.device) -> Iterator[None]:
     if not dist.is_torchelastic_launched():
         yield
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
+    patience = timedelta(hours=1)  # while process 0 downloads and decodes
+    dist.init_process_group(backend, timeout=patience, device_id=own)
     yield
     dist.destroy_process_group()
 

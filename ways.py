@@ -113,7 +113,8 @@ def layers(dataset: data.Dataset, args: Namespace, names: list[str]) -> Phases:
 
 
 def plain_loop(dataset: data.Dataset, args: Namespace) -> Way:
-    """What one writes first around the same net: no augmentation, all by default."""
+    """What one writes first around the same net, whose layers are our kernels still on a GPU: no
+    augmentation, all by default."""
     device = dataset.train_images.device
     net = model.build(args.net, len(dataset.classes)).to(device)
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)

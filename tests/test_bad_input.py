@@ -125,6 +125,7 @@ def test_weights_that_are_no_numbers_are_not_kept(tmp_path, capsys, no_pictures)
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
         MemoryError("Unable to allocate 9.00 GiB for an array"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate`"),
     ],
 )
 def test_out_of_memory_is_one_line(tmp_path, monkeypatch, capsys, error):

@@ -69,6 +69,9 @@ def test_the_best_device_and_its_precision(monkeypatch):
     for has_bf16, chosen in ((True, "bf16"), (False, "fp16")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has_bf16, **_: has)
         assert machine.choose_precision("auto", gpu) == chosen
+        assert machine.choose_precision("fp32", gpu) == "fp32"
+    with pytest.raises(machine.UserError, match="--precision bf16: this GPU has none"):
+        machine.choose_precision("bf16", gpu)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert machine.choose_device("auto") == torch.device("cpu")
@@ -101,3 +104,7 @@ def test_without_a_compiler_for_kernels_pytorchs_own_are_taken(monkeypatch, caps
     machine._kernels_on.cache_clear()
     assert [machine.triton_kernels(x) for _ in range(2)] == [None, None]
     assert capsys.readouterr().err.count("no C compiler; training goes on") == 1
+    monkeypatch.setattr(kernels, "mirrored", Mock(side_effect=RuntimeError("CUDA out of memory")))
+    machine._kernels_on.cache_clear()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        machine.triton_kernels(x)

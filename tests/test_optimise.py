@@ -56,6 +56,18 @@ def test_muon_is_that_of_torch(outputs, inputs, size, momentum):
     assert (matrices[1] - before).abs().mean() > 0.05
 
 
+def test_a_first_step_that_the_scaler_skips_is_nothing_to_warn_of(recwarn):
+    net = nn.Linear(1, 1)
+    training = make_training(net, flags.parse_flags(["--precision", "fp16"]), CPU, 2)
+    net.weight.grad, net.bias.grad = torch.full((1, 1), torch.inf), torch.zeros(1)
+    training.scaler.scale(torch.ones(1))
+    training.scaler.step(training.optimizer)
+    training.scaler.update()
+    training.scheduler.step()
+    assert net.weight.isfinite().all()
+    assert not recwarn.list
+
+
 def test_sgd_is_nesterovs():
     net = nn.Linear(1, 1)
     args = flags.parse_flags(["--schedule", "step", "--lr", "1"])
