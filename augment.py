@@ -80,7 +80,7 @@ def sample(policy: Policy, count: int, size: int, device: torch.device) -> Param
 
 def sample_colours(policy: Policy, count: int, device: torch.device) -> Colours:
     """Changes of colour for `count` images, from the device's own generator."""
-    limits = torch.stack([torch.full((count,), v, device=device) for v in policy.rgb_shift], dim=1)
+    limits = torch.stack([torch.full((), v, device=device) for v in policy.rgb_shift])
     shift = (_symmetric((count, 3), device) * limits).trunc()
     drawn = _drawn(policy.brightness_contrast_p, count, device)
     return Colours(

@@ -63,7 +63,7 @@ def bench_epoch(args: Namespace, argv: list[str]) -> None:
     print(format_ways(seconds))
     figures = {"title": title, "data": dataset.name, "ceilings": vars(ceilings)}
     figures |= {"batch_sizes": rows, "ways_epoch_seconds": seconds}
-    write(of_net("epoch", args.net), device_name(device), argv, figures)
+    write(f"epoch-{args.net}", device_name(device), argv, figures)
 
 
 def bench_layers(args: Namespace, argv: list[str]) -> None:
@@ -91,7 +91,7 @@ def bench_layers(args: Namespace, argv: list[str]) -> None:
     title = f"ms of each layer, batches of {batch}, {args.net} on {dataset.name}, {precision}"
     print(f"\n{title}; {device_name(device)}\n{format_layers(rows)}")
     figures = {"title": title, "data": dataset.name, "ceilings": vars(ceilings), "layers": rows}
-    write(of_net("layers", args.net), device_name(device), argv, figures)
+    write(f"layers-{args.net}", device_name(device), argv, figures)
 
 
 def format_layers(rows: list[dict[str, Any]]) -> str:
@@ -128,7 +128,7 @@ def bench_kernels(args: Namespace, argv: list[str]) -> None:
     total = sum(row["seconds"] for row in rows)
     print(f"{1e6 * total:9.1f}         in all, of {1e6 * seconds:.1f} that a step takes")
     figures = {"title": title, "data": dataset.name, "step_seconds": seconds, "kernels": rows}
-    write(of_net("kernels", args.net), device_name(device), argv, figures)
+    write(f"kernels-{args.net}", device_name(device), argv, figures)
 
 
 def prepared(args: Namespace, batch: int) -> tuple[data.Dataset, list[graph.Layer], str]:
@@ -258,7 +258,7 @@ def bench_startup(args: Namespace, argv: list[str]) -> None:
         figures = " ".join(f"{row[f'{part}_seconds']:9.2f} s" for part in parts)
         print(f"{cache:<4} {figures} {row['peak_memory_bytes'] / 2**20:8,.0f} MiB")
     figures = {"title": title, "data": summary["data"], "epochs": epochs, "cache": rows}
-    write(of_net("startup", args.net), summary["device"], argv, figures)
+    write(f"startup-{args.net}", summary["device"], argv, figures)
 
 
 def bench_trainings(args: Namespace, argv: list[str]) -> None:
@@ -272,14 +272,10 @@ def bench_trainings(args: Namespace, argv: list[str]) -> None:
     trials.draw(path.with_suffix(".png"), rows, args)
 
 
-def of_net(name: str, net: str) -> str:
-    """What its results are called; those of the default net by the name alone."""
-    return name if net == "atrous" else f"{name}-{net}"
-
-
 def write(name: str, device: str, argv: list[str], figures: dict[str, Any]) -> Path:
-    """As results/<name>-<device>.json."""
+    """As results/<name>-<device>.json, without the default net's name."""
     RESULTS.mkdir(exist_ok=True)
+    name = name.removesuffix("-atrous")
     path = RESULTS / f"{name}-{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
     facts = {"command": shlex.join(["python", "bench.py", *argv]), "device": device}
     report.write_json(path, facts | {"versions": versions()} | figures)

@@ -74,15 +74,15 @@ def load_config(run: Path) -> dict[str, Any]:
     return _read(run / "config.json", parse)
 
 
-def load_data(run: Path, device: torch.device) -> data.Dataset:
-    """The data set of the run in a folder. Raises UserError as `load_config` and `data.load` do,
-    and where `--data` means other images by now: `auto` without a network, say."""
+def load_data(run: Path) -> data.Dataset:
+    """The data set of the run in a folder, on the CPU. Raises UserError as `load_config` and
+    `data.load` do, and where `--data` means other images by now: `auto` without a network, say."""
     config = load_config(run)
     moved = f"if its images moved: python train.py --resume {shlex.quote(str(run))} --data …"
     try:
         name, images, flags = config["data"], config["images"], config["flags"]
-        source, folder = flags["data"], Path(flags["data_dir"])
-        dataset = data.load(source, folder, device, flags["train_images"], flags["holdout"])
+        source, folder, cpu = flags["data"], Path(flags["data_dir"]), torch.device("cpu")
+        dataset = data.load(source, folder, cpu, flags["train_images"], flags["holdout"])
     except (KeyError, TypeError) as error:
         raise UserError(f"{run / 'config.json'} is damaged: {error}") from error
     except UserError as error:

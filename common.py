@@ -56,7 +56,7 @@ def exit_status(job: Callable[[], None]) -> int:
     previous = signal.signal(signal.SIGTERM, end)
     try:
         job()
-        print(end="", flush=True)
+        sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
         return 141

@@ -42,7 +42,6 @@ def training_batches(dataset: data.Dataset, args: Namespace) -> Iterator[tuple[T
             policy_of(args),
             dataset.mean,
             args.workers,
-            pin_memory=device.type == "cuda",
         )
         for images, labels in loader:
             images, labels = (each.to(device, non_blocking=True) for each in (images, labels))
@@ -110,7 +109,7 @@ def run_epoch(
     ranks.share_statistics(training.net)
     logits = step.predict_logits(training.net, dataset, args.precision)
     loss = F.cross_entropy(logits, dataset.test_labels).item()
-    if not math.isfinite(loss):  # the epoch's last step, whose loss was one before it
+    if not math.isfinite(loss):  # its last update may ruin the net: that step's loss came before it
         raise UserError(f"the test loss is {loss} after epoch {epoch}: {CALMER}")
     accuracy = report.accuracy(logits, dataset.test_labels)
     training.elapsed += time.perf_counter() - start
@@ -123,14 +122,14 @@ def run_epoch(
 def run_epochs(training: Training, dataset: data.Dataset, args: Namespace, folder: Path) -> None:
     """Those that are left, each with its checkpoint, its metrics and its printed line. Raises
     Terminated after the epoch in which SIGTERM came to one of the processes."""
-    device, steps = dataset.train_images.device, len(dataset.train_images) // args.batch_size
-    done = {"total": args.epochs * steps, "initial": len(training.history) * steps}
+    steps = len(dataset.train_images) // args.batch_size
+    span = {"total": args.epochs * steps, "initial": len(training.history) * steps}
     quiet = True if ranks.rank() else None  # None: off without a terminal
     with (
-        tqdm(**done, unit="step", leave=False, disable=quiet) as bar,
+        tqdm(**span, unit="step", leave=False, disable=quiet) as bar,
         noting_sigterm() as asked_to_end,
     ):
-        take_step, radius = None, None
+        radius = None
         while len(training.history) < args.epochs:
             wanted = sam_radius(args, len(training.history) + 1)
             if radius != wanted:
@@ -139,8 +138,8 @@ def run_epochs(training: Training, dataset: data.Dataset, args: Namespace, folde
                 take_step = step.make_step(training, dataset, args, radius)
                 training.elapsed += time.perf_counter() - begun
             run_epoch(training, take_step, dataset, args, bar)
-            ranks.by_main(partial(keep, training, args, folder), device)
-            if ranks.any_says(asked_to_end.is_set(), device):
+            ranks.by_main(partial(keep, training, args, folder))
+            if ranks.any_says(asked_to_end.is_set()):
                 raise Terminated
 
 

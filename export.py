@@ -116,11 +116,11 @@ def to_int8(model: bytes, images: np.ndarray) -> bytes:
 
     class Batches(CalibrationDataReader):
         def __init__(self) -> None:
-            self.batches = iter(np.array_split(images, max(1, len(images) // 100)))
+            batches = np.array_split(images, max(1, len(images) // 100))
+            self.inputs = ({"images": batch} for batch in batches)
 
         def get_next(self) -> dict[str, np.ndarray] | None:
-            batch = next(self.batches, None)
-            return None if batch is None else {"images": batch}
+            return next(self.inputs, None)
 
     with tempfile.TemporaryDirectory() as folder:
         source, prepared, quantised = (Path(folder, f"{name}.onnx") for name in "abc")
@@ -176,7 +176,7 @@ def export(run: Path, int8: bool) -> None:
     """Write RUN/model.onnx, and RUN/model.int8.onnx if asked for, each with its figures."""
     require("onnx", "onnxscript", "onnxruntime")
     net, content = checkpoint.load_net(run / "model.pt")
-    dataset = checkpoint.load_data(run, torch.device("cpu"))
+    dataset = checkpoint.load_data(run)
     classifier = Classifier(net, content["mean"], content["std"]).eval()
     metadata = {key: content[key] for key in ("net", "classes")} | {"data": dataset.name}
     blob = to_onnx(classifier, {key: json.dumps(value) for key, value in metadata.items()})

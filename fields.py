@@ -15,18 +15,13 @@ class Field:
         """Behind a window of `kernel` taps, the first of them `padding` before the map (Araujo et
         al. 2019, "Computing Receptive Fields of Convolutional Neural Networks")."""
         first, last = -padding, dilation * (kernel - 1) - padding
-        return Field(
-            {
-                j * stride: (low + j * first, high + j * last)
-                for j, (low, high) in self.spans.items()
-            }
-        )
+        spans = self.spans.items()
+        return Field({j * stride: (low + j * first, high + j * last) for j, (low, high) in spans})
 
     def pooled(self, size: int, pixels: int) -> "Field":
         """Behind a global pooling of a map of `size` outputs, on an image of `pixels`."""
-        ends = [(low, (size - 1) * jump + high) for jump, (low, high) in self.spans.items()]
-        lows, highs = zip(*ends, strict=True)
-        return Field({0: (max(min(lows), 0), min(max(highs), pixels - 1))})
+        (first, _), (_, last) = self.extent(0), self.extent(size - 1)
+        return Field({0: (max(first, 0), min(last, pixels - 1))})
 
     def extent(self, index: int) -> tuple[int, int]:
         """First and last input that output `index` depends on."""

@@ -70,31 +70,26 @@ def make_parser() -> Parser:
     flag("--target", type=some, help="report when test accuracy reached this fraction")
 
     flag = parser.add_argument_group("augmentation").add_argument
-    policy = Policy()
     ways = ("device", "albumentations", "none")
     flag("--augment", choices=ways, default="device", help="albumentations: by a DataLoader")
     flag("--workers", type=number(int, 0, 256), default=2, help="of --augment albumentations")
-    flag("--flip-p", type=share, default=policy.flip_p, help="share of the images flipped")
-    flag("--shift", type=share, default=policy.shift, help="limit, fraction of the width")
-    flag("--scale", type=number(float, 0, 0.9), default=policy.scale, help="limit, x and y apart")
-    flag("--rotate", type=number(float, 0, 180), default=policy.rotate, help="limit, degrees")
-    flag("--affine-p", type=share, default=policy.affine_p, help="share shifted, scaled, rotated")
-    flag("--border", choices=BORDERS, default=policy.border, help="what lies outside an image")
-    flag("--cutout", type=number(int, 0, SIZE), default=policy.cutout, help="largest side, pixels")
+    flag("--flip-p", type=share, help="share of the images flipped")
+    flag("--shift", type=share, help="limit, fraction of the width")
+    flag("--scale", type=number(float, 0, 0.9), help="limit, x and y apart")
+    flag("--rotate", type=number(float, 0, 180), help="limit, degrees")
+    flag("--affine-p", type=share, help="share shifted, scaled, rotated")
+    flag("--border", choices=BORDERS, help="what lies outside an image")
+    flag("--cutout", type=number(int, 0, SIZE), help="largest side, pixels")
     flag("--cutout-min", type=number(int, 1), help="smallest side; None: the largest")
-    flag("--cutout-p", type=share, default=policy.cutout_p, help="share with a hole")
+    flag("--cutout-p", type=share, help="share with a hole")
     level = number(float, 0, 255)
     flag("--fill", type=level, help="level of hole and constant border; None: the images' mean")
-    flag("--rgb-shift", type=level, nargs=3, default=list(policy.rgb_shift), help="limits, levels")
-    flag("--rgb-shift-p", type=share, default=policy.rgb_shift_p, help="share with shifted colours")
-    flag("--brightness", type=share, default=policy.brightness, help="limit, fraction of 255")
-    flag("--contrast", type=share, default=policy.contrast, help="limit of the factor's change")
-    flag(
-        "--brightness-contrast-p",
-        type=share,
-        default=policy.brightness_contrast_p,
-        help="share with both changed",
-    )
+    flag("--rgb-shift", type=level, nargs=3, help="limits, levels")
+    flag("--rgb-shift-p", type=share, help="share with shifted colours")
+    flag("--brightness", type=share, help="limit, fraction of 255")
+    flag("--contrast", type=share, help="limit of the factor's change")
+    flag("--brightness-contrast-p", type=share, help="share with both changed")
+    parser.set_defaults(**vars(Policy()) | {"rgb_shift": list(Policy.rgb_shift)})
 
     flag = parser.add_argument_group("run").add_argument
     flag("--device", choices=DEVICES, default="auto", help="auto: the best there is")

@@ -93,7 +93,7 @@ def trace(module: nn.Module, input_shape: tuple[int, int, int] = (3, 32, 32)) ->
         graph = fx.GraphModule(module, Tracer().trace(module))
         outputs = []
         with torch.no_grad(), torch.random.fork_rng([]), redirect_stderr(io.StringIO()):
-            for run in (module, ShapeProp(graph).propagate):  # which prints a traceback too
+            for run in (module, ShapeProp(graph).propagate):  # which prints its own traceback
                 torch.default_generator.manual_seed(0)
                 outputs.append(run(torch.rand(1, *input_shape)))
         torch.testing.assert_close(*outputs, equal_nan=True, msg=UNTRUE)
@@ -122,6 +122,7 @@ def trace(module: nn.Module, input_shape: tuple[int, int, int] = (3, 32, 32)) ->
                 layers.append(_layer(node, target, fields[node]))
     if not pooled:
         raise UserError("receptive field: the net's output does not depend on its input's pixels")
+    # The largest; of equals the last.
     last = max(reversed(pooled), key=lambda n: max(_size(fields[n], _shape(n))))
     return Trace(layers, _size(fields[last], _shape(last)), fields[last], *_cut(graph, last.name))
 
@@ -149,12 +150,11 @@ def _fields_behind(
 ) -> Fields | None:
     if _changes_others(node, target):
         raise _unaccounted(node, target)
-    inputs = [n for n in node.all_input_nodes if fields[n] != NOTHING]
-    if not inputs or _shape(node) is None:
+    inputs, after = [n for n in node.all_input_nodes if fields[n] != NOTHING], _shape(node)
+    if not inputs or after is None:
         return NOTHING
     known = [fields[n] for n in inputs if fields[n] is not None]
     sliding = [n for n in inputs if _slides(fields[n])]
-    after = _shape(node)
     if not sliding and len(known) == len(inputs):
         return union(known)
     if len(after) != 4 and not _reduces(node, target, {2, 3}):
@@ -166,16 +166,12 @@ def _fields_behind(
         if sliding or after[2:] != (1, 1):  # a map again, of values from unknown places
             raise _unaccounted(node, target)
         return None
-    before = _shape(sliding[0])
+    before, (y, x) = _shape(sliding[0]), known[0]
     if _pools_globally(node, target):
-        y, x = known[0]
         return y.pooled(before[2], input_shape[1]), x.pooled(before[3], input_shape[2])
     if window := _window(node, target):
-        y, x = (
-            field.through(*axis)
-            for field, axis in zip(known[0], zip(*window, strict=True), strict=True)
-        )
-        return y, x
+        along_y, along_x = zip(*window, strict=True)
+        return y.through(*along_y), x.through(*along_x)
     if any(_shape(n)[2:] != after[2:] for n in sliding):
         raise _unaccounted(node, target)
     name = _name(target)
@@ -211,8 +207,8 @@ def _window(node: fx.Node, target: Any) -> tuple[tuple[int, int], ...] | None:
     if isinstance(target, (nn.Conv2d, *POOLINGS)):
         options = {key: getattr(target, key, None) for key in POOLING_ARGUMENTS}
     elif name in ("avg_pool2d", "max_pool2d"):
-        options = dict(zip(POOLING_ARGUMENTS, node.args, strict=False)) | node.kwargs
-        options["dilation"] = options.get("dilation") if name == "max_pool2d" else None
+        known = POOLING_ARGUMENTS[: 5 if name == "max_pool2d" else 4]  # avg's fifth: ceil_mode
+        options = dict(zip(known, node.args, strict=False)) | node.kwargs
     elif isinstance(target, PADDINGS) or name == "pad":
         left, _, top, *_ = *(getattr(target, "padding", None) or _argument(node, 1, "pad")), 0
         return one, one, one, (top, left)

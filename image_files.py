@@ -19,7 +19,7 @@ from tqdm import tqdm
 from common import SIZE, UserError, check_sums, first_line, written_whole
 
 MAX_FILE_BYTES = 1 << 20  # a 32×32 image has a few kilobytes; what claims more is none
-MAX_HEADER_BYTES = 1 << 13  # of a long name, say; tarfile can take the square of its length for it
+MAX_HEADER_BYTES = 1 << 13  # of a long name, say: tarfile's time can grow with its square
 MAX_ARCHIVE_BYTES = 2 << 30  # unpacked
 MAX_IMAGES = 1_000_000  # 3 GB of pixels
 CACHE_FORMAT = 5  # raise when what is cached changes
@@ -83,8 +83,7 @@ def _fingerprint(path: Path) -> str:
             )
     else:
         with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()[:16]
 
 
@@ -242,7 +241,7 @@ def _archive_members(path: Path) -> Iterator[tuple[str, bytes]]:
         with tarfile.open(path, tarinfo=_StrictTarInfo) as archive:
             for member in archive:
                 archive.members, archive.pax_headers = [], {}  # or it keeps each
-                if archive.offset < member.offset_data:  # and would read it again
+                if archive.offset < member.offset_data:  # a size below 0: it would go back
                     raise tarfile.ReadError(f"{member.name} claims {member.size:,} bytes")
                 if member.offset_data + member.size > MAX_ARCHIVE_BYTES:
                     raise UserError(f"--data {path}: unpacks to over {MAX_ARCHIVE_BYTES >> 30} GiB")

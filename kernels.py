@@ -262,11 +262,10 @@ def _collect(dw, alike, differing, outputs, inputs, kernel, o, i, y, x, to_o, to
     at = row * o + column * i + at_y * y + at_x * x
     plain = dw + row * to_o + column * to_i + at_y * to_y + at_x * to_x
     turned = plain + (kernel - 1 - 2 * at_x) * to_x
+    own = tl.load(plain, mask=there).to(tl.float32)
     if differing is None:
-        own = tl.load(plain, mask=there).to(tl.float32)
         tl.store(alike + at, own + tl.load(turned + outputs * to_o, mask=there), mask=there)
     else:
-        own = tl.load(plain, mask=there).to(tl.float32)
         own += tl.load(turned + outputs * to_o + inputs * to_i, mask=there)
         other = tl.load(plain + outputs * to_o, mask=there).to(tl.float32)
         other += tl.load(turned + inputs * to_i, mask=there)

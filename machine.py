@@ -11,7 +11,6 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -45,10 +44,10 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name, number)
 
 
-def be_deterministic(always: bool) -> None:
+def be_deterministic(wanted: bool) -> None:
     """Where it is not so yet: the switch imports torch.compile, 150 MiB and a second or two."""
-    if always != torch.are_deterministic_algorithms_enabled():
-        torch.use_deterministic_algorithms(always)
+    if wanted != torch.are_deterministic_algorithms_enabled():
+        torch.use_deterministic_algorithms(wanted)
 
 
 def keep_freed_memory() -> None:
@@ -72,8 +71,9 @@ def choose_precision(name: str, device: torch.device) -> str:
         return best if name == "auto" else name
     if name != "auto":
         return name
-    fast = device.type == "cpu" and _is_fast_in_bf16(torch.cpu.get_capabilities())
-    return "bf16" if fast else "fp32"
+    found = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    others = found.get("avx512_bf16") and not found.get("cpu_name", "").startswith("Intel")
+    return "bf16" if found.get("amx_bf16") or others else "fp32"
 
 
 def triton_kernels(x: Tensor) -> ModuleType | None:
@@ -100,11 +100,6 @@ def _kernels_on(device: torch.device) -> ModuleType | None:
         )
         return None
     return kernels
-
-
-def _is_fast_in_bf16(found: dict[str, Any]) -> bool:
-    others = found.get("avx512_bf16") and not found.get("cpu_name", "").startswith("Intel")
-    return bool(found.get("amx_bf16") or others)
 
 
 def device_name(device: torch.device) -> str:

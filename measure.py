@@ -11,12 +11,11 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from itertools import islice, pairwise
+from itertools import islice, pairwise, repeat
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -109,15 +108,10 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     side = 8192 if large else 2048
     left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
 
-    def copies() -> Iterator[Tensor]:
-        while True:
-            yield target.copy_(source)
-
-    def products() -> Iterator[Tensor]:
-        while True:
-            yield left @ right
-
-    works: dict[str, Way] = {"copies": copies, "products": products}
+    works: dict[str, Way] = {
+        "copies": lambda: (target.copy_(source) for _ in repeat(None)),
+        "products": lambda: (left @ right for _ in repeat(None)),
+    }
     reached = rates(works, device, warm_up=1, count=20 if large else 3)
     moved = 2 * source.numel() * source.element_size()
     return Ceilings(reached["copies"] * moved, reached["products"] * side**3)

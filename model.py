@@ -21,7 +21,7 @@ def build(name: str, num_classes: int, dropout: float = 0.0) -> nn.Module:
     raise UserError(f"--net {name}: no line of model.py's build makes it")
 
 
-def conv(inputs: int, outputs: int, kernel: int = 3, **options: int) -> nn.Conv2d:
+def conv(inputs: int, outputs: int, kernel: int, **options: int) -> nn.Conv2d:
     """A convolution without bias, padded by as much on each side to keep the map's size but for the
     stride. A stride of 2 wants an even kernel: an odd one's centres, on every other pixel, are not
     their own mirror image."""
@@ -56,7 +56,7 @@ class Residual(nn.Module):
         return norm(x, skip)
 
 
-def atrous(num_classes: int, dropout: float = 0.0) -> nn.Sequential:
+def atrous(num_classes: int, dropout: float) -> nn.Sequential:
     """Residual blocks (He et al. 2016): a dense 3×3 one where the map is large and channels are
     few, then separable ones. Mirrored images have the same logits (mirror.py). No stride is
     dilated: with stride 2 and dilation 2 every tap falls on rows and columns of one parity, and

@@ -75,8 +75,8 @@ def parameter_groups(net: nn.Module, args: Namespace) -> list[dict[str, Any]]:
     dense = [m for m in net.modules() if isinstance(m, nn.Conv2d) and m.groups == 1]
     mixing = [p for convolution in dense for p in convolution.parameters() if p.ndim >= 2]
     kernels = mixing if args.optimizer == "muon" else []
-    known = {id(kernel) for kernel in kernels}
-    weights = [p for p in net.parameters() if p.ndim >= 2 and id(p) not in known]
+    known = set(kernels)
+    weights = [p for p in net.parameters() if p.ndim >= 2 and p not in known]
     groups = [
         {"params": weights, "weight_decay": args.weight_decay},
         {"params": [p for p in net.parameters() if p.ndim < 2]},
@@ -106,12 +106,12 @@ class Muon(torch.optim.SGD):
     load_state_dict = unwrap(torch.optim.SGD.load_state_dict)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self) -> None:
         for group in self.param_groups:
             kernels = [kernel for kernel in group["params"] if kernel.grad is not None]
             if kernels and "muon_momentum" in group:
                 self._make_orthogonal(kernels, group["muon_momentum"])
-        unwrap(torch.optim.SGD.step)(self, closure)
+        unwrap(torch.optim.SGD.step)(self)
 
     def _make_orthogonal(self, kernels: list[Tensor], momentum: float) -> None:
         gradients = [kernel.grad for kernel in kernels]
@@ -126,10 +126,7 @@ class Muon(torch.optim.SGD):
         for gradient in gradients:
             alike[gradient.shape].append(gradient)
         stacks = [torch.stack(group).flatten(2) for group in alike.values()]
-        if gradients[0].is_cuda:
-            stacks = orthogonal_at_once(stacks)
-        else:
-            stacks = [orthogonal(stack) for stack in stacks]
+        stacks = orthogonal_at_once(stacks) if stacks[0].is_cuda else map(orthogonal, stacks)
         for group, stack in zip(alike.values(), stacks, strict=True):
             _, rows, columns = stack.shape
             stack = stack * max(1, rows / columns) ** 0.5

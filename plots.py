@@ -86,14 +86,12 @@ def mistakes(
     path: Path, images: np.ndarray, labels: np.ndarray, logits: np.ndarray, classes: list[str]
 ) -> None:
     """The 32 misclassified test images uint8 (N, H, W, 3) of which the net was surest."""
-    probabilities = torch.from_numpy(logits).softmax(1).numpy()
-    predicted = logits.argmax(1)
+    predicted, confidence = logits.argmax(1), torch.from_numpy(logits).softmax(1).amax(1).numpy()
     wrong = np.flatnonzero(predicted != labels)
-    wrong = wrong[np.argsort(-probabilities[wrong].max(1), kind="stable")]
+    wrong = wrong[np.argsort(-confidence[wrong], kind="stable")]
     names = shortened(classes, 12)
     captions = [
-        f"{names[labels[i]]}\nas {names[predicted[i]]} ({probabilities[i].max():.0%})"
-        for i in wrong[:32]
+        f"{names[labels[i]]}\nas {names[predicted[i]]} ({confidence[i]:.0%})" for i in wrong[:32]
     ]
     title = f"{len(wrong):,} of {len(labels):,} test images are misclassified; the surest of them:"
     title += " true class, as predicted (probability)"
@@ -251,9 +249,8 @@ def grad_cam_panels(run: Path, dataset: data.Dataset, numbers: list[int]) -> lis
     panels = []
     for position, number in enumerate(numbers):
         heat = rf.effective_receptive_field(traced.features, inputs[position : position + 1])
-        true, taken = (
-            dataset.classes[int(k)] for k in (dataset.test_labels[number], predicted[position])
-        )
+        true = dataset.classes[dataset.test_labels[number]]
+        taken = dataset.classes[predicted[position]]
         overlays = [(x / x.max().clamp(min=1e-12)).numpy() for x in (cams[position], heat)]
         image = dataset.test_images[number].permute(1, 2, 0).numpy()
         panels.append((f"{number}: {true} as {taken}", image, *overlays))
@@ -274,7 +271,7 @@ def over_image(maps: torch.Tensor, fields: Fields) -> torch.Tensor:
 
 def redraw(run: Path, numbers: list[int] | None) -> list[dict[str, Any]]:
     """Draw a run's pictures again from its files; its history."""
-    dataset = checkpoint.load_data(run, torch.device("cpu"))
+    dataset = checkpoint.load_data(run)
     count = len(dataset.test_images)
     numbers = list(range(0, count, -(-count // 6))) if numbers is None else numbers
     if len(numbers) > 100:

@@ -86,42 +86,38 @@ def probabilities(
         return step.forward(net, data.normalize(images, mean, std), "fp32").softmax(1).cpu()
 
 
-def classify(args: Namespace) -> bool:
-    """Print what the net takes each image for; whether every file could be read."""
+def classify(args: Namespace, failed: list[str]) -> None:
+    """Print what the net takes each image for; the names of those it cannot read go to `failed`."""
     device = choose_device(args.device)
     net, content = checkpoint.load_net(args.run / "model.pt")
     net.to(device, memory_format=torch.channels_last)
     classes = content["classes"]
     mean, std = (torch.tensor(content[key], device=device) for key in ("mean", "std"))
-    failed: list[str] = []
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a photo may be that large
     images = readable(args.images, failed)
     results = []
     while batch := list(islice(images, BATCH)):
         names, pixels = zip(*batch, strict=True)
         top = probabilities(net, pixels, mean, std).topk(min(args.top, len(classes)))
-        best = zip(top.values.tolist(), top.indices.tolist(), strict=True)
-        for name, (shares, indices) in zip(names, best, strict=True):
-            pairs = zip(indices, shares, strict=True)
-            results.append((name, [{"class": classes[i], "probability": p} for i, p in pairs]))
+        for name, *best in zip(names, *(each.tolist() for each in top), strict=True):
+            pairs = zip(*best, strict=True)
+            results.append((name, [{"class": classes[i], "probability": p} for p, i in pairs]))
     if args.json:
         print(json.dumps([{"image": name, "predictions": best} for name, best in results]))
-        return not failed
+        return
     results = [(printable(name), best) for name, best in results]
     width = max((len(name) for name, _ in results), default=0)
     widest = max(map(len, classes))
     for name, best in results:
         cells = (f"{one['class']:>{widest}} {one['probability']:6.1%}" for one in best)
         print(f"{name:<{width}}", *cells, sep="  ")
-    return not failed
 
 
 def main(argv: list[str]) -> int:
     """The exit status: 0, 1 where a file was skipped, 2 for a user's mistake."""
-    skipped = False
+    failed: list[str] = []
 
     def job() -> None:
-        nonlocal skipped
         parser = Parser(prog="predict.py", description="Classify images with a trained net.")
         parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
         parser.add_argument(
@@ -130,9 +126,9 @@ def main(argv: list[str]) -> int:
         parser.add_argument("--top", type=number(int, 1), default=3, help="so many classes each")
         parser.add_argument("--json", action="store_true", help="as JSON, nothing else")
         parser.add_argument("--device", choices=DEVICES, default="auto")
-        skipped = not classify(parser.parse_args(argv))
+        classify(parser.parse_args(argv), failed)
 
-    return exit_status(job) or int(skipped)
+    return exit_status(job) or int(bool(failed))
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def main_first() -> Iterator[None]:
             dist.barrier()
 
 
-def by_main(job: Callable[[], object], device: torch.device) -> None:
+def by_main(job: Callable[[], object]) -> None:
     """Have process 0 do what it alone does. Where a mistake or the disk ends it, each process ends
     with its own line."""
     failed = None
@@ -62,7 +62,7 @@ def by_main(job: Callable[[], object], device: torch.device) -> None:
             job()
     except (UserError, OSError) as error:
         failed = error
-    if any_says(failed is not None, device):
+    if any_says(failed is not None):
         raise failed or UserError("process 0 failed")
 
 
@@ -96,15 +96,21 @@ def total(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def any_says(word: bool, device: torch.device) -> bool:
+def summed(number: int) -> int:
+    """Over the processes."""
+    on_gpus = count() > 1 and dist.get_backend() == "nccl"
+    return int(total(torch.tensor(number, device="cuda" if on_gpus else "cpu")))
+
+
+def any_says(word: bool) -> bool:
     """Whether one of the processes says so."""
-    return bool(total(torch.tensor(int(word), device=device)))
+    return summed(int(word)) > 0
 
 
-def differ(text: str, device: torch.device) -> bool:
+def differ(text: str) -> bool:
     """Whether the processes have different texts."""
     own = zlib.crc32(text.encode())
-    return any_says(int(total(torch.tensor(own, device=device))) != count() * own, device)
+    return any_says(summed(own) != count() * own)
 
 
 def own_streams() -> None:

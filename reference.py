@@ -35,12 +35,11 @@ def compose(policy: Policy, fill: tuple[float, ...]) -> A.Compose:
                 policy.brightness, policy.contrast, p=policy.brightness_contrast_p
             )
         )
-    shift = (-policy.shift, policy.shift)
     transforms += [
         A.HorizontalFlip(p=policy.flip_p),
         A.Affine(
             scale=dict.fromkeys("xy", (1 - policy.scale, 1 + policy.scale)),
-            translate_percent=dict.fromkeys("xy", shift),
+            translate_percent=dict.fromkeys("xy", (-policy.shift, policy.shift)),
             rotate=(-policy.rotate, policy.rotate),
             border_mode=BORDER_MODES[policy.border],
             fill=fill,
@@ -76,7 +75,6 @@ def loader(
     policy: Policy,
     mean: Tensor,
     workers: int,
-    pin_memory: bool = False,
 ) -> DataLoader:
     """The images of each of `batches`: uint8 (B, 3, H, W), with labels (B,), on the host."""
     fill = mean if policy.fill is None else torch.full_like(mean, policy.fill)
@@ -86,7 +84,7 @@ def loader(
         AugmentedImages(images.cpu(), labels.cpu(), transforms),
         batch_sampler=batches,
         num_workers=workers,
-        pin_memory=pin_memory,
+        pin_memory=images.is_cuda,
         worker_init_fn=start_worker,
     )
 

@@ -128,9 +128,8 @@ def show(summary: dict[str, Any]) -> None:
         f"\ntotal                 {summary['total_seconds']:.1f} s"
     )
     if summary["target"]:
-        reached = summary["target_reached"]
         when = "not reached"
-        if reached:
+        if reached := summary["target_reached"]:
             when = f"reached in epoch {reached['epoch']}, {reached['seconds']:.1f} s of training"
         print(f"target {summary['target']:<14.2%} {when}")
 

@@ -89,7 +89,7 @@ def show_effective(run: Path) -> None:
 
     machine.keep_freed_memory()
     net, content = checkpoint.load_net(run / "model.pt")
-    dataset = checkpoint.load_data(run, torch.device("cpu"))
+    dataset = checkpoint.load_data(run)
     images = dataset.test_images[:: max(1, len(dataset.test_images) // 1000)]  # of every class
     traced = trace(net)
     jump = max(field.jump for field in traced.fields)

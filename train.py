@@ -78,14 +78,14 @@ def run(
     facts = facts_of(net, dataset, args, command)
     steps = len(dataset.train_images) // args.batch_size
     training = make_training(net, args, device, steps)
-    folder = Path(args.resume or run_folder(args, dataset.name))
+    folder = run_folder(args, dataset.name)
     way_on = way_on or going_on(folder)
-    with alone_in(folder, device), ending_in_one_line(args, device, way_on):
+    with alone_in(folder), ending_in_one_line(args, device, way_on):
         if args.resume and (folder / "last.pt").exists():
             resume(training, folder, dataset, args)
             start -= training.elapsed
         elif not (folder / "summary.json").exists():
-            write_config(folder, {"flags": vars(args) | {"resume": None}, **facts}, device)
+            write_config(folder, {"flags": vars(args) | {"resume": None}, **facts})
         else:
             note_source(folder, dataset, args)
         if (folder / "summary.json").exists():
@@ -146,7 +146,7 @@ def facts_of(
 
 
 @contextmanager
-def alone_in(folder: Path, device: torch.device) -> Iterator[None]:
+def alone_in(folder: Path) -> Iterator[None]:
     """Hold a run's folder, made where it is missing, against other processes that would write
     there. Raises UserError where one does; the loader's workers of a killed one do for another five
     seconds. Windows and some network file systems know no such locks."""
@@ -168,7 +168,7 @@ def alone_in(folder: Path, device: torch.device) -> Iterator[None]:
             except OSError:
                 pass
 
-        ranks.by_main(hold, device)
+        ranks.by_main(hold)
         yield
 
 
@@ -198,15 +198,14 @@ def ending_in_one_line(args: Namespace, device: torch.device, way_on: str) -> It
 
 
 def run_folder(args: Namespace, data_name: str) -> Path:
-    return Path(args.out or f"runs/{args.net}-{data_name}-s{args.seed}")
+    return Path(args.resume or args.out or f"runs/{args.net}-{data_name}-s{args.seed}")
 
 
-def refuse_existing(folder: Path, device: torch.device) -> None:
+def refuse_existing(folder: Path) -> None:
     there = [name for name in report.FILES if (folder / name).exists()]
-    if ranks.any_says(bool(there), device):
-        found, way = there[0] if there else "a run", ""
-        if "config.json" in there:
-            found, way = "a run", f"{going_on(folder, 'with it')}, or "
+    if ranks.any_says(bool(there)):
+        way = f"{going_on(folder, 'with it')}, or " if "config.json" in there else ""
+        found = there[0] if there and not way else "a run"
         raise UserError(f"--out {folder}: {found} is there already; {way}give another --out")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is not a folder")
@@ -221,14 +220,14 @@ def refuse_other_images(config: dict[str, Any], dataset: data.Dataset, args: Nam
         )
 
 
-def write_config(folder: Path, config: dict[str, Any], device: torch.device) -> None:
+def write_config(folder: Path, config: dict[str, Any]) -> None:
     def write() -> None:
         try:
             report.write_json(folder / "config.json", config)
         except OSError as error:
             raise UserError(f"{folder} cannot be written: {error}") from error
 
-    ranks.by_main(write, device)
+    ranks.by_main(write)
 
 
 def resume(training: Training, folder: Path, dataset: data.Dataset, args: Namespace) -> None:
@@ -251,7 +250,7 @@ def note_source(folder: Path, dataset: data.Dataset, args: Namespace) -> None:
     """Have a run's config say where its images lie now, and their name there."""
     config = checkpoint.load_config(folder) | {"data": dataset.name}
     config["flags"] |= {"data": args.data, "data_dir": args.data_dir}
-    write_config(folder, config, dataset.train_images.device)
+    write_config(folder, config)
 
 
 def run_all(args: Namespace, argv: list[str]) -> None:
@@ -267,19 +266,19 @@ def run_all(args: Namespace, argv: list[str]) -> None:
 
 def run_seeds(args: Namespace, argv: list[str], device: torch.device) -> None:
     if args.out and not args.resume:
-        refuse_existing(Path(args.out), device)
+        refuse_existing(Path(args.out))
     be_deterministic(args.deterministic)
     keep_freed_memory()
     start = time.perf_counter()
     with ranks.main_first():
         dataset = data.load(args.data, Path(args.data_dir), device, args.train_images, args.holdout)
-    if ranks.differ(dataset.checksum, device):
+    if ranks.differ(dataset.checksum):
         raise UserError(f"--data {args.data}: the processes have read different images; try again")
     if ranks.rank() == 0:
         print(f"data read in {time.perf_counter() - start:.1f} s", file=sys.stderr)
     command = shlex.join(["python", "train.py", *argv])
     if not args.resume:
-        refuse_existing(run_folder(args, dataset.name), device)
+        refuse_existing(run_folder(args, dataset.name))
     else:
         config = checkpoint.load_config(Path(args.resume))
         refuse_other_images(config, dataset, args)
@@ -295,17 +294,17 @@ def run_seeds(args: Namespace, argv: list[str], device: torch.device) -> None:
 def repeat(args: Namespace, command: str, dataset: data.Dataset) -> None:
     """A run for each seed, in folders of their own, and their mean. With --resume, those that are
     there already are resumed."""
-    base, device = Path(args.resume or run_folder(args, dataset.name)), dataset.train_images.device
+    base = run_folder(args, dataset.name)
     folders = {seed: base / f"s{seed}" for seed in range(args.seed, args.seed + args.repeat)}
     if not args.resume:
         for folder in folders.values():
-            refuse_existing(folder, device)
-    with alone_in(base, device):
+            refuse_existing(folder)
+    with alone_in(base):
         if args.resume:
             note_source(base, dataset, args)
         else:
             facts = {"data": dataset.name, "images": dataset.checksum, "command": command}
-            write_config(base, {"flags": vars(args), **facts}, device)
+            write_config(base, {"flags": vars(args), **facts})
         summaries, way_on = [], going_on(base, "with this seed and the rest")
         for seed, folder in folders.items():
             own = {"seed": seed, "repeat": 1, "out": str(folder), "resume": None}

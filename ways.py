@@ -152,11 +152,10 @@ def augmentations(dataset: data.Dataset, cores: int) -> dict[str, Way]:
 
         def way() -> Iterator[Tensor]:
             images, labels = dataset.train_images, dataset.train_labels
-            pin = device.type == "cuda"
             while True:
                 batches = islice(_index_batches(dataset, BATCH), 1000)
                 numbers = [index.tolist() for index in batches]
-                loader = reference.loader(images, labels, numbers, policy, mean, workers, pin)
+                loader = reference.loader(images, labels, numbers, policy, mean, workers)
                 for batch, _ in loader:
                     yield data.normalize(batch.to(device, non_blocking=True), mean, std)
 
@@ -175,7 +174,7 @@ def augmentations(dataset: data.Dataset, cores: int) -> dict[str, Way]:
 def _kornia(policy: Policy) -> nn.Module:
     import kornia.augmentation as K
 
-    side = policy.cutout**2 / SIZE**2
+    area = policy.cutout**2 / SIZE**2
     scale = (1 - policy.scale, 1 + policy.scale)
     return nn.Sequential(
         K.RandomHorizontalFlip(policy.flip_p),
@@ -187,7 +186,7 @@ def _kornia(policy: Policy) -> nn.Module:
             align_corners=True,
             p=policy.affine_p,
         ),
-        K.RandomErasing((side, side), (1.0, 1.0), p=policy.cutout_p),
+        K.RandomErasing((area, area), (1.0, 1.0), p=policy.cutout_p),
     )
 
 
@@ -200,12 +199,12 @@ def _torchvision(policy: Policy) -> nn.Module:
         (1 - policy.scale, 1 + policy.scale),
         interpolation=InterpolationMode.BILINEAR,
     )
-    side = policy.cutout**2 / SIZE**2
+    area = policy.cutout**2 / SIZE**2
     return v2.Compose(
         [
             v2.RandomHorizontalFlip(policy.flip_p),
             v2.RandomApply([affine], policy.affine_p),
-            v2.RandomErasing(policy.cutout_p, (side, side), (1.0, 1.0)),
+            v2.RandomErasing(policy.cutout_p, (area, area), (1.0, 1.0)),
         ]
     )
 

@@ -52,8 +52,8 @@ NRD = [NORM, RELU, Drop()]
 RND = [RELU, NORM, Drop()]
 
 
-def pointwise(outputs: int, padding: int = 0) -> Conv:
-    return Conv(outputs, kernel=1, padding=padding)
+def pointwise(outputs: int, padding: int = 0, bias: bool = False) -> Conv:
+    return Conv(outputs, kernel=1, padding=padding, bias=bias)
 
 
 def net136k(classes: int) -> Table:
@@ -98,7 +98,7 @@ def net190k(classes: int) -> Table:
         [Sum([Conv(16), Conv(32), NORM, RELU, Drop(2)], shortcut=[pointwise(32)])],  # 32×32
         [Conv(64, stride=2, padding=0), Conv(128), *NRD],  # 15×15
         [Conv(64, dilation=2, padding=0), Conv(32, padding=0), *NRD],  # 11×11, 9×9
-        [Conv(32, groups=32, bias=True), Conv(16, kernel=1, padding=0, bias=True), *NRD],
+        [Conv(32, groups=32, bias=True), pointwise(16, bias=True), *NRD],
         [nn.AvgPool2d(9), pointwise(classes)],
     ]
 
@@ -134,7 +134,7 @@ def net150k(classes: int) -> Table:
     return [
         [Conv(16), *NRD],  # 32×32
         [Conv(32), *NRD],
-        [depthwise, Conv(64, kernel=1, padding=0, bias=True), NORM, RELU],
+        [depthwise, pointwise(64, bias=True), NORM, RELU],
         [Conv(64, **halving), *NRD],  # 16×16
         [pointwise(16), NORM, RELU],
         [Conv(32), *NRD],

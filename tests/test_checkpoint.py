@@ -69,13 +69,13 @@ def test_a_data_set_that_is_another_by_now(tmp_path):
     images = "70 images (CRC 00000000)"
     config.write_text(json.dumps({"data": "synthetic", "images": images, "flags": flags}))
     with pytest.raises(UserError, match="synthetic has other images or classes by now"):
-        checkpoint.load_data(tmp_path, torch.device("cpu"))
+        checkpoint.load_data(tmp_path)
     images = data.load("synthetic", None, torch.device("cpu"), 50, 20).checksum
     config.write_text(json.dumps({"data": "synthetic", "images": images, "flags": flags}))
-    assert len(checkpoint.load_data(tmp_path, torch.device("cpu")).test_labels) == 20
+    assert len(checkpoint.load_data(tmp_path).test_labels) == 20
     config.write_text(json.dumps({"data": "cifar10", "images": images, "flags": flags}))
     with pytest.raises(UserError, match="its --data synthetic is synthetic here, not cifar10"):
-        checkpoint.load_data(tmp_path, torch.device("cpu"))
+        checkpoint.load_data(tmp_path)
 
 
 def test_a_folder_of_several_runs_names_one(tmp_path):

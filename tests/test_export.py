@@ -46,7 +46,7 @@ def run(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def printed(run):
     """What a first export says of the two files that it writes."""
-    to_int8, calibrating = export.to_int8, checkpoint.load_data(run, torch.device("cpu"))
+    to_int8, calibrating = export.to_int8, checkpoint.load_data(run)
 
     def noting(model, images):
         assert (images == export.drawn(calibrating.train_images.numpy())).all()
@@ -64,7 +64,7 @@ def exported(run, printed):
 
 
 def test_probabilities_of_any_batch(exported):
-    dataset = checkpoint.load_data(exported, torch.device("cpu"))
+    dataset = checkpoint.load_data(exported)
     net, _ = checkpoint.load_net(exported / "model.pt")
     expected = step.predict_logits(net, dataset, "fp32").softmax(1).numpy()
     classify = export.session((exported / "model.onnx").read_bytes())
@@ -103,7 +103,7 @@ def test_a_file_is_little_more_than_the_parameters(exported):
 def test_the_figures_it_prints(exported, printed):
     first, *lines = printed.splitlines()
     assert first.startswith("200 images tested on")
-    dataset = checkpoint.load_data(exported, torch.device("cpu"))
+    dataset = checkpoint.load_data(exported)
     net, _ = checkpoint.load_net(exported / "model.pt")
     rough = exported / "model.int8.onnx"
     logits = (

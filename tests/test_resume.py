@@ -171,7 +171,7 @@ def test_before_its_first_checkpoint_too(finished, tmp_path, capsys, no_pictures
 
 
 def test_another_process_at_the_same_run(finished, capsys, monkeypatch):
-    with train.alone_in(finished[0], torch.device("cpu")):
+    with train.alone_in(finished[0]):
         assert train.main(["--resume", str(finished[0])]) == 2
         assert f"{finished[0]}: another process is at this run" in capsys.readouterr().err
         monkeypatch.setattr(train, "fcntl", None)  # as on Windows, which has no such locks
@@ -189,7 +189,7 @@ def test_the_images_of_a_run_may_move(tmp_path, no_pictures, capsys):
     assert plots.main([str(out)]) == 2
     assert f"images moved: python train.py --resume '{out}' --data" in capsys.readouterr().err
     assert train.main(["--resume", str(out), "--data", str(there)]) == 0
-    assert checkpoint.load_data(out, torch.device("cpu")).name == "moved"
+    assert checkpoint.load_data(out).name == "moved"
 
 
 def test_a_run_that_has_ended_stays_as_it_is(finished, capsys):
