@@ -1,6 +1,6 @@
 """Augmentation as batched tensor ops: *sample* every image's parameters, then *apply* them.
 
-The semantics are those of albumentations 2.0.8 with OpenCV 5, proven in tests/test_augment.py.
+The semantics are those of albumentations 2.0.8 with OpenCV 5, checked in tests/test_augment.py.
 Images are (N, C, W, W), in any unit; W = 32 in this project.
 """
 
@@ -16,29 +16,29 @@ BORDERS = ("reflect101", "constant")
 
 @dataclass(frozen=True)
 class Policy:
-    """What is drawn for an image, and with which probability."""
+    """What may be drawn for an image, and with what probability."""
 
     flip_p: float = 0.5
-    shift: float = 0.125  # shifts are of whole pixels and below it: a fraction of the width
+    shift: float = 0.125  # shifts are whole pixels, fewer than this fraction of the width
     scale: float = 0.1  # largest change of scale, x and y drawn independently
     rotate: float = 15.0  # largest angle, degrees
     affine_p: float = 0.5
     border: str = "reflect101"  # what lies outside the image: its mirror image, or the fill
     cutout: int = 16  # largest side of the hole, pixels
-    cutout_min: int | None = None  # smallest side, from 1, drawn for x and y; None: the largest
+    cutout_min: int | None = None  # smallest side, from 1; x and y drawn separately; None: largest
     cutout_p: float = 0.25
     fill: float | None = None  # level of the hole and a constant border; None: the images' mean
-    rgb_shift: tuple[float, float, float] = (0.0, 0.0, 0.0)  # largest shift a channel, levels
+    rgb_shift: tuple[float, float, float] = (0.0, 0.0, 0.0)  # largest shift per channel, levels
     rgb_shift_p: float = 0.0
     brightness: float = 0.0  # largest change, as a fraction of 255
-    contrast: float = 0.0  # largest change of the factor
+    contrast: float = 0.0  # largest change of the contrast factor
     brightness_contrast_p: float = 0.0
 
 
 @dataclass(frozen=True)
 class Params:
-    """Drawn parameters of N images. Angle, scale and shift are drawn for all, and used where
-    `affine` says so; a hole that an image did not draw is 0."""
+    """Drawn parameters of N images. Angle, scale and shift are drawn for all, and used only where
+    `affine` is true; the hole of an image that drew none is all zeros."""
 
     flip: Tensor  # bool (N,)
     affine: Tensor  # bool (N,)
@@ -50,7 +50,7 @@ class Params:
 
 @dataclass(frozen=True)
 class Colours:
-    """Drawn changes of N images' colours; what an image did not draw is 0 (`alpha` 1)."""
+    """Drawn colour changes of N images: 0 (`alpha`: 1) for an image that drew none."""
 
     rgb_shift: Tensor  # float32 (N, 3), whole levels
     alpha: Tensor  # float32 (N,), contrast factor
@@ -58,9 +58,9 @@ class Colours:
 
 
 def sample(policy: Policy, count: int, size: int, device: torch.device) -> Params:
-    """Parameters for `count` images of `size`×`size` pixels, from the device's own generator.
+    """Parameters for `count` images of `size`×`size` pixels, from the device's default generator.
 
-    Raises ValueError where the hole is larger than the images.
+    Raises ValueError if the hole is larger than the images.
     """
     if policy.cutout > size:
         raise ValueError(f"a hole of {policy.cutout} pixels does not fit into {size}")
@@ -79,7 +79,7 @@ def sample(policy: Policy, count: int, size: int, device: torch.device) -> Param
 
 
 def sample_colours(policy: Policy, count: int, device: torch.device) -> Colours:
-    """Changes of colour for `count` images, from the device's own generator."""
+    """Colour changes for `count` images, from the device's default generator."""
     limits = torch.stack([torch.full((), v, device=device) for v in policy.rgb_shift])
     shift = (_symmetric((count, 3), device) * limits).trunc()
     drawn = _drawn(policy.brightness_contrast_p, count, device)
@@ -91,8 +91,8 @@ def sample_colours(policy: Policy, count: int, device: torch.device) -> Colours:
 
 
 def jitter_colours(images: Tensor, colours: Colours) -> Tensor:
-    """RGB shift, then brightness and contrast, of images uint8 or float (N, 3, H, W) in 0–255
-    units: float32 of whole levels in [0, 255], as albumentations computes them on uint8."""
+    """Apply RGB shift, then brightness and contrast, to images uint8 or float (N, 3, H, W) in 0–255
+    units. Returns float32 of whole levels in [0, 255], as albumentations computes on uint8."""
     shifted = (images + colours.rgb_shift.view(-1, 3, 1, 1)).clamp(0, 255)
     return (
         (shifted * colours.alpha.view(-1, 1, 1, 1) + colours.beta.view(-1, 1, 1, 1))
@@ -107,10 +107,10 @@ def apply(
     fill: float | Tensor,
     border: str = "reflect101",
 ) -> Tensor:
-    """Flip, shift-scale-rotate and cutout of images (N, C, W, W), in any unit, as float32.
+    """Apply flip, shift-scale-rotate and cutout to images (N, C, W, W), in any unit; float32.
 
-    `fill` is a number or (C, 1, 1) in the images' unit: the hole's colour, and what lies outside
-    the image where `border` is "constant". Computed in float32 under autocast too: an image that
+    `fill`, a number or (C, 1, 1) in the images' unit, is the hole's colour and, if `border` is
+    "constant", what lies outside the image. Computed in float32 even under autocast: an image that
     draws nothing, or only a flip or a hole, keeps its values exactly.
     """
     if border not in BORDERS:
@@ -135,8 +135,8 @@ def apply(
 
 
 def inverse_matrix(params: Params, size: int) -> Tensor:
-    """`theta` float32 (N, 2, 3): output to input position, both in [−1, 1] from the first pixel's
-    centre to the last's.
+    """`theta` float32 (N, 2, 3), which maps output to input positions, both −1 at the first pixel's
+    centre and 1 at the last's.
 
     The inverse of scale, then rotation, then shift about the centre k = (size − 1)/2, as
     `albumentations.Affine` 2.0.8 composes them; positive angles turn counter-clockwise.
@@ -150,8 +150,8 @@ def inverse_matrix(params: Params, size: int) -> Tensor:
 
 
 def sampling_grid(theta: Tensor, size: int) -> Tensor:
-    """`affine_grid(theta, (N, C, size, size), align_corners=True)` (N, size, size, 2), multiplied
-    out: no matrix product, so neither autocast nor TF32 can round the positions, and faster."""
+    """`affine_grid(theta, (N, C, size, size), align_corners=True)` (N, size, size, 2), written out
+    without a matrix product: faster, and neither autocast nor TF32 can round the positions."""
     x = torch.linspace(-1, 1, size, device=theta.device)
     column_x, column_y, offset = (c.view(-1, 2, 1, 1) for c in theta.unbind(2))
     planes = column_x * x + (column_y * x.unsqueeze(1) + offset)
@@ -167,9 +167,9 @@ def _drawn(p: float, count: int, device: torch.device) -> Tensor:
 
 
 def _where(drawn: Tensor, change: Callable[..., Tensor], images: Tensor, *params: Tensor) -> Tensor:
-    """`images`, where `drawn`, bool (N,), changed by what `params` (N, …) have for each. A CPU
-    computes only those, in place; to ask a GPU which they are would be to wait for it, and it
-    computes all."""
+    """Apply `change` to the images whose `drawn`, bool (N,), is true, each with its own `params`
+    (N, …). A CPU computes only those, in place; a GPU computes all and selects, since asking it
+    which they are would mean waiting for it."""
     if images.device.type != "cpu":
         return torch.where(drawn.view(-1, 1, 1, 1), change(images, *params), images)
     index = drawn.nonzero().squeeze(1)

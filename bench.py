@@ -3,8 +3,8 @@
     python bench.py epoch | layers | kernels | augment | startup | all [--data …]
     python bench.py nets | recipes | ingredients | lengths [--epochs …] [--repeat N]
 
-Each prints a table and writes it, with device, versions and data set, to `results/`; `all` is all
-of the first line.
+Each prints a table and writes it, with device, versions and data set, to `results/`; `all` runs
+everything in the first line.
 """
 
 import os
@@ -45,11 +45,11 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def bench_epoch(args: Namespace, argv: list[str]) -> None:
-    """An epoch's phases at several batch sizes, beside the floor under it; then the same epoch in
-    other ways, per-image transforms in a DataLoader among them."""
+    """Time an epoch and its phases at several batch sizes, beside the epoch's floor; then the same
+    epoch in other ways, including per-image transforms in a DataLoader."""
     device = choose_device(args.device)
     usual = [256, 512, 1024] if device.type == "cuda" else [128, 256, 512]
-    sizes = sorted(args.batch_size or usual)  # on a CPU a process keeps what the largest took
+    sizes = sorted(args.batch_size or usual)  # smallest first: on a CPU, a process keeps its memory
     dataset, layers, precision = prepared(args, max(ways.BATCH, *sizes))
     ceilings = measure.measure_ceilings(device, step.DTYPES[precision])
     rows = []
@@ -67,9 +67,9 @@ def bench_epoch(args: Namespace, argv: list[str]) -> None:
 
 
 def bench_layers(args: Namespace, argv: list[str]) -> None:
-    """Forward and backward of each layer, beside the floor under it: where an epoch's time goes."""
+    """Time each layer's forward and backward beside its floor: where an epoch's time goes."""
     batch, (dataset, layers, precision) = ways.BATCH, prepared(args, ways.BATCH)
-    layers = [layer for layer in layers if not layer.kind.endswith("pool2d")]  # functions
+    layers = [layer for layer in layers if not layer.kind.endswith("pool2d")]  # not functions
     device, dtype = dataset.train_images.device, step.DTYPES[precision]
     ceilings = measure.measure_ceilings(device, dtype)
     settings = ways.settings(args.net, batch, precision)
@@ -95,7 +95,7 @@ def bench_layers(args: Namespace, argv: list[str]) -> None:
 
 
 def format_layers(rows: list[dict[str, Any]]) -> str:
-    """In milliseconds; the last column is both directions to the floor under them."""
+    """In milliseconds; the last column is forward plus backward, relative to their floor."""
     width = max(len(row["name"]) for row in rows)
     lines = [
         f"{'layer':<{width}} {'kind':<11} {'output':>9} {'groups':>6} "
@@ -112,8 +112,8 @@ def format_layers(rows: list[dict[str, Any]]) -> str:
 
 
 def bench_kernels(args: Namespace, argv: list[str]) -> None:
-    """What one training step is made of: a GPU's kernels, or PyTorch's operations on a CPU. What
-    they leave of the time that a step takes, a GPU has nothing to do."""
+    """What one training step is made of: a GPU's kernels, or PyTorch's operations on a CPU. For the
+    rest of the time that a step takes, a GPU is idle."""
     batch, (dataset, _, precision) = ways.BATCH, prepared(args, ways.BATCH)
     device = dataset.train_images.device
     way = ways.training(dataset, ways.settings(args.net, batch, precision))
@@ -132,7 +132,7 @@ def bench_kernels(args: Namespace, argv: list[str]) -> None:
 
 
 def prepared(args: Namespace, batch: int) -> tuple[data.Dataset, list[graph.Layer], str]:
-    """Data for batches of so many, the net's layers, and the precision it is trained in."""
+    """Data for batches of size `batch`, the net's layers, and the precision it is trained in."""
     dataset = load(args.data, choose_device(args.device), batch)
     layers = graph.trace(model.build(args.net, len(dataset.classes))).layers
     return dataset, layers, choose_precision("auto", dataset.train_images.device)
@@ -146,7 +146,7 @@ def load(source: str, device: torch.device, batch: int) -> data.Dataset:
 
 
 def epoch_row(dataset: data.Dataset, settings: Namespace) -> dict[str, Any]:
-    """What an epoch takes, and its phases; on a GPU what they leave of it is time spent waiting."""
+    """The time of an epoch and of its phases; on a GPU the rest of the epoch is spent waiting."""
     device, batch = dataset.train_images.device, settings.batch_size
     steps = 100 if device.type == "cuda" else 6
     measure.reset_peak_memory(device)
@@ -163,8 +163,8 @@ def epoch_row(dataset: data.Dataset, settings: Namespace) -> dict[str, Any]:
 
 
 def epoch_ways(dataset: data.Dataset, net: str, precision: str) -> dict[str, float]:
-    """Seconds of an epoch in every way, of batches of `ways.BATCH`; as a rule a loader's start,
-    before its first batches, is not counted."""
+    """Seconds of an epoch in each way, in batches of `ways.BATCH`; a loader's start, before its
+    first batches, is usually not counted."""
     device = dataset.train_images.device
     flags_of: dict[str, list[str]] = {"ours": []}
     if device.type == "cuda":
@@ -195,7 +195,7 @@ def epoch_ways(dataset: data.Dataset, net: str, precision: str) -> dict[str, flo
 
 
 def format_rows(rows: list[dict[str, Any]]) -> str:
-    """In seconds an epoch, and to the floor."""
+    """In seconds an epoch, and relative to the floor."""
     names = ["epoch", *rows[0]["phases_seconds"], "floor"]
     lines = ["batch " + " ".join(f"{name:>7}" for name in names) + "   to it    memory"]
     for row in rows:
@@ -210,7 +210,7 @@ def format_rows(rows: list[dict[str, Any]]) -> str:
 
 
 def format_ways(seconds: dict[str, float]) -> str:
-    """Of an epoch, and as multiples of the first."""
+    """Seconds of an epoch in each way, and multiples of the first way's."""
     first = next(iter(seconds.values()))
     width = max(map(len, seconds))
     return "\n".join(
@@ -219,7 +219,7 @@ def format_ways(seconds: dict[str, float]) -> str:
 
 
 def bench_augment(args: Namespace, argv: list[str]) -> None:
-    """Images a second, uint8 in, normalised batches of `ways.BATCH` out."""
+    """Measure images augmented a second: uint8 in, normalised batches of `ways.BATCH` out."""
     require("kornia")
     device = choose_device(args.device)
     dataset = load(args.data, device, ways.BATCH)
@@ -237,8 +237,8 @@ def bench_augment(args: Namespace, argv: list[str]) -> None:
 
 
 def bench_startup(args: Namespace, argv: list[str]) -> None:
-    """Seconds from the start of the process to its first step and to its end, pictures included;
-    cold, with neither images decoded nor kernels compiled before, then warm."""
+    """Seconds from a process's start to its first step and to its end, pictures included: cold,
+    with no images decoded and no kernels compiled before, then warm."""
     device = choose_device(args.device)
     epochs = args.epochs or (40 if device.type == "cuda" else 1)
     command = ["--data", args.data, "--net", args.net, "--device", args.device]
@@ -262,7 +262,7 @@ def bench_startup(args: Namespace, argv: list[str]) -> None:
 
 
 def bench_trainings(args: Namespace, argv: list[str]) -> None:
-    """Train every variant in turn: their accuracies, their seconds, and a picture of both."""
+    """Train each variant in turn; report their accuracies and seconds, and draw both."""
     rows = trials.train_all(args.variants(args), args)
     first, name = rows[0]["runs"][0], args.variants.__name__
     seeds = f"{args.repeat} seeds" if args.repeat > 1 else "one seed"
@@ -273,7 +273,7 @@ def bench_trainings(args: Namespace, argv: list[str]) -> None:
 
 
 def write(name: str, device: str, argv: list[str], figures: dict[str, Any]) -> Path:
-    """As results/<name>-<device>.json, without the default net's name."""
+    """Write results/<name>-<device>.json, its name without that of the default net."""
     RESULTS.mkdir(exist_ok=True)
     name = name.removesuffix("-atrous")
     path = RESULTS / f"{name}-{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.json"

@@ -1,5 +1,5 @@
-"""Checkpoints and nets, saved whole or not at all; what a run left, loaded without running any code
-in it."""
+"""Checkpoints and nets, saved whole or not at all; a run's files, loaded without running any code
+that they hold."""
 
 import json
 import shlex
@@ -17,17 +17,17 @@ from common import UserError, check_sums, first_line, going_on, written_whole
 from model import build
 
 T = TypeVar("T")
-FORMAT = 3  # of both files; raise when their keys change, those of the nets too
+FORMAT = 3  # of last.pt and model.pt; raise when keys change, nets' included
 
 
 def save(path: Path, content: dict[str, Any]) -> None:
-    """Write `content`, a dict of tensors, strings, numbers, lists and dicts, with the format."""
+    """Write `content`, a dict of tensors, strings, numbers, lists and dicts, with FORMAT."""
     with written_whole(path) as file:
         torch.save({"format": FORMAT, **content}, file)
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What `save` wrote, on the CPU. Raises UserError where the file is none."""
+    """What `save` wrote, on the CPU. Raises UserError if the file is no such checkpoint."""
     try:
         check_sums(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -48,7 +48,7 @@ def load(path: Path) -> dict[str, Any]:
 def load_net(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """The trained net of a `model.pt`, in evaluation mode, and the file's content.
 
-    Raises UserError where the file is none.
+    Raises UserError if the file is not one.
     """
     content = load(path)
     try:
@@ -64,8 +64,8 @@ def load_net(path: Path) -> tuple[nn.Module, dict[str, Any]]:
 
 
 def load_config(run: Path) -> dict[str, Any]:
-    """What the run in a folder is: its `flags` and facts. Raises UserError where there is none, or
-    a damaged one."""
+    """The config of the run in a folder: its `flags` and facts. Raises UserError if it is missing
+    or damaged."""
 
     def parse(file: BinaryIO) -> dict[str, Any]:
         config = dict(json.load(file))
@@ -76,7 +76,7 @@ def load_config(run: Path) -> dict[str, Any]:
 
 def load_data(run: Path) -> data.Dataset:
     """The data set of the run in a folder, on the CPU. Raises UserError as `load_config` and
-    `data.load` do, and where `--data` means other images by now: `auto` without a network, say."""
+    `data.load` do, and if `--data` now means other images, as `auto` does when offline, say."""
     config = load_config(run)
     moved = f"if its images moved: python train.py --resume {shlex.quote(str(run))} --data …"
     try:
@@ -95,17 +95,17 @@ def load_data(run: Path) -> data.Dataset:
 
 
 def load_summary(run: Path) -> dict[str, Any]:
-    """What the run in a folder came to. Raises UserError where it is missing or damaged."""
+    """The summary of the run in a folder. Raises UserError if it is missing or damaged."""
     return _read(run / "summary.json", lambda file: dict(json.load(file)))
 
 
 def load_history(run: Path) -> list[dict[str, Any]]:
-    """The epochs of the run in a folder. Raises UserError where they are missing or damaged."""
+    """The epochs of the run in a folder. Raises UserError if they are missing or damaged."""
     return _read(run / "metrics.jsonl", lambda file: [dict(json.loads(line)) for line in file])
 
 
 def load_predictions(run: Path) -> np.ndarray:
-    """The test logits float32 (N, classes) of the run in a folder. Raises UserError where they are
+    """The test logits float32 (N, classes) of the run in a folder. Raises UserError if they are
     missing or damaged."""
     return _read(run / "predictions.npy", partial(np.load, allow_pickle=False))
 
@@ -121,7 +121,7 @@ def _read(path: Path, parse: Callable[[BinaryIO], T]) -> T:
 
 
 def _missing(path: Path) -> UserError:
-    """What is said of a file that is not there: of a run that has not ended, or of several runs."""
+    """The error for a missing file: the run may not have ended, or its folder hold several runs."""
     run = path.parent
     if run.is_file():
         return UserError(f"{run} is a file; name the folder of its run, {run.parent}")

@@ -14,19 +14,19 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO, NoReturn
 
-SIZE = 32  # pixels, of every image
+SIZE = 32  # side of every image, pixels
 
 
 class UserError(Exception):
-    """A mistake of the user's: one line that names the flag or file and the way out."""
+    """A user's mistake; the message is one line that names the flag or file and what to do."""
 
 
 class Terminated(BaseException):
-    """SIGTERM came. Like KeyboardInterrupt no Exception, so that no `except Exception` takes it."""
+    """SIGTERM came. A BaseException, as KeyboardInterrupt is: no `except Exception` catches it."""
 
 
 def going_on(folder: Path, how: str = "after the last line") -> str:
-    """What to do about a run that was interrupted."""
+    """How to continue an interrupted run."""
     return f"--resume {shlex.quote(str(folder))} goes on {how}"
 
 
@@ -42,27 +42,27 @@ class Parser(argparse.ArgumentParser):
 
 
 def exit_status(job: Callable[[], None]) -> int:
-    """Of a command: 0; 2 for a user's mistake, a full disk or device, 130 for Ctrl-C, 143 for
-    SIGTERM, each with its line on stderr; 141 where nobody reads on, as in `| head`."""
+    """Run `job`; its exit status: 0; 2 for a user's mistake, a full disk or full memory, 130 for
+    Ctrl-C, 143 for SIGTERM, each with a line on stderr; 141 if nobody reads on, as in `| head`."""
 
     def end(*_: object) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut the ending short
         raise Terminated
 
-    # Closed, as by `2>&-`, they are None, at which libraries fail.
+    # They are None if closed, as by `2>&-`, and libraries fail on that.
     sys.stdout, sys.stderr = sys.stdout or io.StringIO(), sys.stderr or io.StringIO()
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a name, or a terminal, need not be UTF-8
+    if isinstance(sys.stdout, io.TextIOWrapper):  # file names and terminals need not be UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
     previous = signal.signal(signal.SIGTERM, end)
     try:
         job()
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
         return 141
     except (UserError, OSError) as error:
-        line = " ".join(str(error).split())  # a library's message has many
-        # At once: torchrun's processes may err together.
+        line = " ".join(str(error).split())  # a library's message may have several
+        # In a single write: torchrun's processes may fail at the same time.
         sys.stderr.write(f"error: {printable(line)}\n")
         return 2
     except (RuntimeError, MemoryError) as error:
@@ -82,16 +82,16 @@ def exit_status(job: Callable[[], None]) -> int:
 
 
 def printable(text: str) -> str:
-    """With escapes for what a terminal would obey, as a file's name may hold."""
+    """`text`, such as a file's name, with escapes for characters that a terminal would obey."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 OUT_OF_MEMORY = ("out of memory", "not enough memory", "allocate memory", "ALLOC_FAILED")
-OUT_OF_MEMORY += ("STATUS_NOT_INITIALIZED",)  # cuBLAS's and cuDNN's word
+OUT_OF_MEMORY += ("STATUS_NOT_INITIALIZED",)  # what cuBLAS and cuDNN call it
 
 
 def is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
-    """Whether PyTorch or NumPy found too little memory, on a GPU or the host."""
+    """Whether PyTorch or NumPy ran out of memory, on a GPU or the host."""
     return isinstance(error, MemoryError) or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
@@ -102,8 +102,8 @@ def first_line(error: Exception) -> str:
 
 @contextmanager
 def noting_sigterm() -> Iterator[threading.Event]:
-    """While it lasts, SIGTERM only sets the event, however often it comes: `timeout`, say, sends it
-    to a process and to its group."""
+    """While this lasts, SIGTERM only sets the event, however often it comes: `timeout`, say, sends
+    it to a process and again to its group."""
     asked = threading.Event()
     previous = signal.signal(signal.SIGTERM, lambda *_: asked.set())
     try:
@@ -116,9 +116,8 @@ def noting_sigterm() -> Iterator[threading.Event]:
 def written_whole(path: Path, ending: str = ".tmp") -> Iterator[BinaryIO]:
     """Open `path` for writing so that it appears whole or, on any failure, stays as it was.
 
-    A kill at any byte leaves the previous file, and at worst one with the `ending` beside it,
-    which the next writing with that ending replaces. Raises OSError where the folder cannot be
-    written.
+    A kill at any byte leaves the previous file, and at worst a partial one with `ending` beside it,
+    which the next write with that ending replaces. Raises OSError if the folder is not writable.
     """
     temporary = path.with_name(path.name + ending)
     try:
@@ -131,15 +130,15 @@ def written_whole(path: Path, ending: str = ".tmp") -> Iterator[BinaryIO]:
         with suppress(OSError):
             temporary.unlink()
         if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-            error = error.__context__  # a full disk, over which torch.save fails once more
+            error = error.__context__  # a full disk, on which torch.save fails a second time
         if isinstance(error, OSError) and error.errno:
             error.filename = str(path)
         raise error
 
 
 def check_sums(path: Path) -> None:
-    """`torch.load` reads damaged tensors as if nothing were wrong: check what the file, a zip of
-    uncompressed members, says of itself. Raises ValueError, and what `zipfile` does."""
+    """Verify the checksums of a file saved by torch, a zip of uncompressed members: `torch.load`
+    reads damaged tensors without complaint. Raises ValueError, and whatever `zipfile` raises."""
     with zipfile.ZipFile(path) as file:
         if any(member.compress_type for member in file.infolist()):
             raise ValueError("a member is compressed")

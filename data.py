@@ -18,7 +18,7 @@ import synthetic
 from common import UserError
 from image_files import Splits
 
-SUBSET_SEED = 20_210_626  # of --train-images and --holdout alone: every run draws the same subset
+SUBSET_SEED = 20_210_626  # for --train-images and --holdout only: every run draws the same subset
 NETWORK_TIMEOUT = 10  # seconds
 
 
@@ -38,7 +38,7 @@ class Dataset:
 
     @cached_property
     def checksum(self) -> str:
-        """What a run notes of its images, labels and classes, and has to find again."""
+        """A checksum of images, labels and classes that a run records and later compares."""
         check = zlib.crc32("\0".join(self.classes).encode())
         for tensor in (self.train_images, self.train_labels, self.test_images, self.test_labels):
             check = zlib.crc32(tensor.cpu().numpy(), check)
@@ -55,7 +55,7 @@ def load(
     """The data set of `--data source`, on `device`.
 
     `train_images` keeps that many training images, `holdout` sets that many aside and tests on
-    them instead of the test split; both are class-balanced. Raises UserError for whatever is wrong
+    them instead of the test split; both are class-balanced. Raises UserError if anything is wrong
     with the source.
     """
     name, classes, splits = _read(source, data_dir)
@@ -83,8 +83,8 @@ def load(
 
 
 def epoch_batches(count: int, batch_size: int, device: torch.device) -> tuple[Tensor, ...]:
-    """Index batches int64 (batch_size,) of one shuffled epoch on `device`, the last short one
-    dropped; drawn from the device's default generator."""
+    """Index batches int64 (batch_size,) of one shuffled epoch on `device`, without a last short
+    one; drawn from the device's default generator."""
     order = torch.randperm(count, device=device)
     return order[: count - count % batch_size].split(batch_size)
 
@@ -109,7 +109,7 @@ def _read(source: str, data_dir: Path) -> tuple[str, list[str], Splits]:
         splits = {"train": synthetic.shapes(5000, seed=0), "test": synthetic.shapes(1000, seed=1)}
         return "synthetic", list(synthetic.SHAPES), splits
     path = Path(source)
-    if not (path.is_dir() or path.is_file()):  # a pipe, say, may have no end
+    if not (path.is_dir() or path.is_file()):  # not a pipe, say, which may never end
         raise UserError(
             f"--data {source}: neither auto, cifar10 or synthetic nor a folder or archive"
         )
@@ -117,7 +117,7 @@ def _read(source: str, data_dir: Path) -> tuple[str, list[str], Splits]:
 
 
 def _balanced_order(labels: Tensor) -> Tensor:
-    """A fixed random order (N,) of which every prefix is as class-balanced as the classes allow."""
+    """A fixed random order (N,), every prefix of which is as class-balanced as possible."""
     shuffled = torch.randperm(len(labels), generator=torch.Generator().manual_seed(SUBSET_SEED))
     rank = torch.empty_like(shuffled)
     for label in labels.unique():
@@ -144,7 +144,7 @@ NETWORK_ERRORS = (urllib.error.URLError, TimeoutError, ConnectionError, http.cli
 
 
 def _cifar10(data_dir: Path) -> tuple[str, list[str], Splits]:
-    """Raises one of NETWORK_ERRORS where there is no local copy and the download fails."""
+    """Raises one of NETWORK_ERRORS if there is no local copy and the download fails."""
     from torchvision.datasets import CIFAR10
 
     if not (data_dir / CIFAR10.base_folder).exists():
@@ -181,7 +181,7 @@ def _fetch_cifar10(data_dir: Path) -> None:
             else:
                 CIFAR10(folder, download=True)
             (Path(folder) / CIFAR10.base_folder).replace(data_dir / CIFAR10.base_folder)
-    except RuntimeError as error:  # torchvision's word for a wrong MD5 sum
+    except RuntimeError as error:  # what torchvision raises for a wrong MD5 sum
         raise UserError(f"the download of CIFAR-10 is damaged ({error}): try again") from error
     except NETWORK_ERRORS:
         raise

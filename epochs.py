@@ -26,8 +26,8 @@ CALMER = "begin anew in another --out, with a lower --lr or --precision fp32"
 
 
 def training_batches(dataset: data.Dataset, args: Namespace) -> Iterator[tuple[Tensor, Tensor]]:
-    """One shuffled epoch as the net learns from it: inputs float32 (B, 3, 32, 32), augmented and
-    normalised, and labels (B,); of each batch, this process's share."""
+    """This process's share of each batch of one shuffled epoch: inputs float32 (B, 3, 32, 32),
+    augmented and normalised, and labels (B,)."""
     device = dataset.train_images.device
     batches = data.epoch_batches(len(dataset.train_images), args.batch_size, device)
     batches = [ranks.share(index) for index in batches]
@@ -51,23 +51,23 @@ def training_batches(dataset: data.Dataset, args: Namespace) -> Iterator[tuple[T
     several, size = batches_at_once(args.batch_size, device), len(batches[0])
     for first in range(0, len(batches), several):
         index = torch.cat(batches[first : first + several])
-        images = dataset.train_images.index_select(0, index)  # on a CPU faster than images[index]
+        images = dataset.train_images.index_select(0, index)  # faster than images[index] on a CPU
         inputs = step.prepared(images, policy, dataset.mean, dataset.std)
         labels = dataset.train_labels[index]
         yield from zip(inputs.split(size), labels.split(size), strict=True)
 
 
 def batches_at_once(batch_size: int, device: torch.device) -> int:
-    """How many are augmented at once: on a GPU, where many small operations take their time however
-    few the images are, those of some thousand; on a CPU one, which stays in its caches."""
+    """How many batches to augment at once: on a GPU some 4,096 images' worth, since many small
+    operations take as long for fewer images; on a CPU one, which stays in its caches."""
     return 1 if device.type == "cpu" else max(1, 4096 // batch_size)
 
 
 def train_epoch(
     training: Training, take_step: step.Step, dataset: data.Dataset, args: Namespace, bar: tqdm
 ) -> dict[str, float]:
-    """One epoch of optimiser steps; its learning rate, loss, accuracy, seconds, images/s and steps
-    that the loss scaler skipped."""
+    """Take one epoch of optimiser steps. Returns its learning rate, loss, accuracy, seconds,
+    images/s and number of steps that the loss scaler skipped."""
     training.net.train()
     start = time.perf_counter()
     rates, figures = [], []
@@ -100,8 +100,8 @@ def train_epoch(
 def run_epoch(
     training: Training, take_step: step.Step, dataset: data.Dataset, args: Namespace, bar: tqdm
 ) -> None:
-    """Train and evaluate one epoch, seeded by run and epoch so that a resumed run needs no state of
-    a generator, and add its line to the history."""
+    """Train and evaluate one epoch, seeded by run and epoch so that resuming needs no generator
+    state, and add its line to the history."""
     start = time.perf_counter()
     epoch = len(training.history) + 1
     torch.manual_seed(args.seed * 1_000_003 + epoch)
@@ -109,7 +109,7 @@ def run_epoch(
     ranks.share_statistics(training.net)
     logits = step.predict_logits(training.net, dataset, args.precision)
     loss = F.cross_entropy(logits, dataset.test_labels).item()
-    if not math.isfinite(loss):  # its last update may ruin the net: that step's loss came before it
+    if not math.isfinite(loss):  # the last update, made after its step's loss, may ruin the net
         raise UserError(f"the test loss is {loss} after epoch {epoch}: {CALMER}")
     accuracy = report.accuracy(logits, dataset.test_labels)
     training.elapsed += time.perf_counter() - start
@@ -120,8 +120,8 @@ def run_epoch(
 
 
 def run_epochs(training: Training, dataset: data.Dataset, args: Namespace, folder: Path) -> None:
-    """Those that are left, each with its checkpoint, its metrics and its printed line. Raises
-    Terminated after the epoch in which SIGTERM came to one of the processes."""
+    """Run the remaining epochs, each with its checkpoint, metrics and printed line. Raises
+    Terminated after the epoch in which any of the processes received SIGTERM."""
     steps = len(dataset.train_images) // args.batch_size
     span = {"total": args.epochs * steps, "initial": len(training.history) * steps}
     quiet = True if ranks.rank() else None  # None: off without a terminal
@@ -134,7 +134,7 @@ def run_epochs(training: Training, dataset: data.Dataset, args: Namespace, folde
             wanted = sam_radius(args, len(training.history) + 1)
             if radius != wanted:
                 radius, begun = wanted, time.perf_counter()
-                take_step = None  # a CUDA graph's memory is free before the next is captured
+                take_step = None  # frees a CUDA graph's memory before the next is captured
                 take_step = step.make_step(training, dataset, args, radius)
                 training.elapsed += time.perf_counter() - begun
             run_epoch(training, take_step, dataset, args, bar)
@@ -144,7 +144,7 @@ def run_epochs(training: Training, dataset: data.Dataset, args: Namespace, folde
 
 
 def keep(training: Training, args: Namespace, folder: Path) -> None:
-    """The checkpoint after an epoch, its metrics and its line."""
+    """Write the checkpoint and metrics after an epoch, and print its line."""
     checkpoint.save(folder / "last.pt", training.state() | {"run": identity(args)})
     report.write_history(folder, training.history)
     with tqdm.external_write_mode():
@@ -152,6 +152,6 @@ def keep(training: Training, args: Namespace, folder: Path) -> None:
 
 
 def sam_radius(args: Namespace, epoch: int) -> float:
-    """That of sharpness-aware steps: in a run's last quarter alone they help as much as throughout
-    (Zhou et al. 2024, arxiv.org/abs/2410.10373), at a quarter of the cost."""
+    """The radius of sharpness-aware steps, 0 before a run's last quarter: confined to it they help
+    as much as throughout (Zhou et al. 2024, arxiv.org/abs/2410.10373), at a quarter of the cost."""
     return args.sam if epoch > args.epochs - args.epochs // 4 else 0.0

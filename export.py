@@ -1,4 +1,4 @@
-"""Carry a trained net to ONNX: pixels in, probabilities out, checked before it is called done.
+"""Export a trained net to ONNX: pixels in, probabilities out, checked before it is written.
 
 python export.py RUN [--int8]
 """
@@ -24,12 +24,12 @@ from common import SIZE, Parser, UserError, exit_status, require, written_whole
 if TYPE_CHECKING:
     from onnx import ModelProto
 
-CHECKED = 1000  # images that PyTorch and onnxruntime are compared on, and that calibrate int8
+CHECKED = 1000  # images to compare PyTorch and onnxruntime on, and to calibrate int8 with
 TOLERANCE = 1e-4  # of a probability
 
 
 class Classifier(nn.Module):
-    """The net between pixels uint8 (N, 3, 32, 32) and probabilities float32 (N, classes)."""
+    """The net from pixels uint8 (N, 3, 32, 32) to probabilities float32 (N, classes)."""
 
     def __init__(self, net: nn.Module, mean: list[float], std: list[float]) -> None:
         super().__init__()
@@ -58,14 +58,14 @@ def to_onnx(classifier: Classifier, metadata: dict[str, str]) -> bytes:
     )
     model = program.model_proto
     for node in model.graph.node:
-        del node.metadata_props[:]  # stack traces, with the paths of this machine
+        del node.metadata_props[:]  # stack traces, with this machine's paths
     onnx.helper.set_model_props(model, metadata)
     return halved(model)
 
 
 def halved(model: "ModelProto") -> bytes:
-    """The model with one half of each weight that mirror.py made, and the few operations that make
-    the other half of it, which onnxruntime runs once, as it loads the file."""
+    """The model with only one half of each weight that mirror.py made, and the few operations that
+    make the other half from it, which onnxruntime runs once, when it loads the file."""
     from onnx import checker, helper
     from onnx.numpy_helper import from_array, to_array
 
@@ -96,8 +96,8 @@ def halved(model: "ModelProto") -> bytes:
 
 
 def mirroring(weight: np.ndarray) -> int | None:
-    """By how many inputs the mirror image of the first half of a convolution's weight (C, D, k, k)
-    is rolled to be the second: 0 or D / 2, or None if the weight is not made so."""
+    """By how many inputs to roll the mirror image of the first half of a convolution's weight
+    (C, D, k, k) to get the second half: 0 or D / 2, or None if the weight is not made so."""
     if weight.ndim == 4:
         half, other = np.array_split(weight, 2)
         for shift in (0, weight.shape[1] // 2):
@@ -107,9 +107,9 @@ def mirroring(weight: np.ndarray) -> int | None:
 
 
 def to_int8(model: bytes, images: np.ndarray) -> bytes:
-    """Weights and activations of `model` as int8, by onnxruntime's static quantisation, calibrated
-    on `images` uint8 (N, 3, 32, 32). Weights have 7 bits: without VNNI a CPU adds two products in
-    16, which 8 would overflow."""
+    """`model` with int8 weights and activations, by onnxruntime's static quantisation, calibrated
+    on `images` uint8 (N, 3, 32, 32). Weights have 7 bits: a CPU without VNNI adds two products in
+    16 bits, which 8-bit weights would overflow."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
@@ -140,7 +140,7 @@ def to_int8(model: bytes, images: np.ndarray) -> bytes:
 
 
 def without_zeros(model: "ModelProto") -> "ModelProto":
-    """Zero points of 0, the default, of weights and biases, one a channel, are left out."""
+    """`model` without the per-channel zero points of weights and biases that are 0, the default."""
     from onnx.numpy_helper import to_array
 
     tensors = model.graph.initializer
@@ -154,7 +154,7 @@ def without_zeros(model: "ModelProto") -> "ModelProto":
 
 
 def session(model: bytes, threads: int = 0) -> Callable[[np.ndarray], np.ndarray]:
-    """The probabilities that onnxruntime gets of images uint8 (N, 3, 32, 32), on the CPU."""
+    """A function from images uint8 (N, 3, 32, 32) to onnxruntime's probabilities, on the CPU."""
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
@@ -168,12 +168,12 @@ def in_batches(classify: Callable[[np.ndarray], np.ndarray], images: np.ndarray)
 
 
 def drawn(images: np.ndarray) -> np.ndarray:
-    """CHECKED of them, always the same, or all if they are fewer, whatever order they come in."""
+    """CHECKED of the images, or all if fewer: a fixed random draw, since they may be sorted."""
     return np.random.default_rng(0).permutation(images)[:CHECKED]
 
 
 def export(run: Path, int8: bool) -> None:
-    """Write RUN/model.onnx, and RUN/model.int8.onnx if asked for, each with its figures."""
+    """Write RUN/model.onnx and, if `int8`, RUN/model.int8.onnx, and print the figures of each."""
     require("onnx", "onnxscript", "onnxruntime")
     net, content = checkpoint.load_net(run / "model.pt")
     dataset = checkpoint.load_data(run)
@@ -206,7 +206,7 @@ def export(run: Path, int8: bool) -> None:
 
 
 def median_seconds(classify: Callable[[np.ndarray], np.ndarray], images: np.ndarray) -> float:
-    """Of nine rounds, after one to warm up."""
+    """The median of nine rounds, after one to warm up."""
     return statistics.median(timeit.repeat(lambda: classify(images), repeat=10, number=1)[1:])
 
 

@@ -5,21 +5,21 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Field:
-    """Along one axis, the inputs that output i depends on: for each `jump: (low, high)` of spans
-    those from i·jump + low to i·jump + high. Jump 0 is what a global pooling saw; no span, nothing.
-    """
+    """Along one axis, the inputs that output i depends on: for each `jump: (low, high)` in `spans`
+    those from i·jump + low to i·jump + high. Jump 0 is what a global pooling saw; without spans the
+    output depends on no input."""
 
     spans: dict[int, tuple[int, int]]
 
     def through(self, kernel: int, stride: int, dilation: int, padding: int) -> "Field":
-        """Behind a window of `kernel` taps, the first of them `padding` before the map (Araujo et
-        al. 2019, "Computing Receptive Fields of Convolutional Neural Networks")."""
+        """The field after a window of `kernel` taps, the first of them `padding` before the map
+        (Araujo et al. 2019, "Computing Receptive Fields of Convolutional Neural Networks")."""
         first, last = -padding, dilation * (kernel - 1) - padding
         spans = self.spans.items()
         return Field({j * stride: (low + j * first, high + j * last) for j, (low, high) in spans})
 
     def pooled(self, size: int, pixels: int) -> "Field":
-        """Behind a global pooling of a map of `size` outputs, on an image of `pixels`."""
+        """The field after a global pooling of a map of `size` outputs, on an image of `pixels`."""
         (first, _), (_, last) = self.extent(0), self.extent(size - 1)
         return Field({0: (max(first, 0), min(last, pixels - 1))})
 
@@ -30,7 +30,7 @@ class Field:
 
     @property
     def jump(self) -> int:
-        """0 where the field does not slide: behind a global pooling."""
+        """0 if the field does not slide, as after a global pooling."""
         return max(self.spans, default=0)
 
 

@@ -42,7 +42,7 @@ def make_parser() -> Parser:
         description="Train a CIFAR-10 net of fewer than 200,000 parameters.",
     )
     count, share = number(int, 1, 10**9), number(float, 0, 1)
-    largest = 1e30  # a float32, after Muon's factors too
+    largest = 1e30  # still a float32 after Muon's factors
     flag = parser.add_argument_group("data").add_argument
     flag("--data", default="auto", help="auto, cifar10, synthetic, or a folder or archive")
     flag("--data-dir", default="data", help="where CIFAR-10 lies or is downloaded to")
@@ -107,19 +107,19 @@ def make_parser() -> Parser:
 
 
 def option(name: str) -> str:
-    """The flag, as one types it."""
+    """The flag as typed on the command line."""
     return "--" + name.replace("_", "-")
 
 
 MAY_CHANGE = {"resume", "data", "data_dir", "device", "workers"}
-COLOURS = (  # the share of images changed and its limits, all 0 by default
+COLOURS = (  # the share of images changed, then the limits; all 0 by default
     ("rgb_shift_p", "rgb_shift"),
     ("brightness_contrast_p", "brightness", "contrast"),
 )
 
 
 def parse_flags(argv: list[str]) -> Namespace:
-    """The flags; with --resume, the run's own, of which only MAY_CHANGE may be given anew."""
+    """The flags; with --resume, the run's own, of which only those in MAY_CHANGE may be changed."""
     for text in argv:
         if not text.isprintable():
             raise UserError(f"{text!a} has characters that cannot be printed; rename it")
@@ -148,7 +148,7 @@ def parse_flags(argv: list[str]) -> Namespace:
 
 
 def flags_of_run(run: Path, parser: Parser) -> dict[str, Any]:
-    """Those in its config. Raises UserError where one is none that `parser` takes."""
+    """The flags in a run's config. Raises UserError if `parser` would not accept them."""
     flags = checkpoint.load_config(run)["flags"]
     if other := flags.keys() ^ vars(parser.parse_args([])).keys():
         names = ", ".join(sorted(other))
@@ -164,7 +164,7 @@ def flags_of_run(run: Path, parser: Parser) -> dict[str, Any]:
 
 
 def spelled(flags: dict[str, Any]) -> list[str]:
-    """As one types them."""
+    """The flags as typed on the command line."""
     argv: list[str] = []
     for name, value in flags.items():
         if isinstance(value, list):
@@ -177,7 +177,7 @@ def spelled(flags: dict[str, Any]) -> list[str]:
 
 
 def identity(args: Namespace) -> dict[str, Any]:
-    """The flags that a run keeps when it is resumed, wherever it lies by then."""
+    """The flags that stay the same when a run is resumed, wherever its folder is by then."""
     return {name: value for name, value in vars(args).items() if name not in MAY_CHANGE | {"out"}}
 
 
@@ -191,7 +191,7 @@ OF_A_RECIPE += " flip_p shift scale rotate affine_p border cutout cutout_p fill"
 
 
 def describe_recipe(args: Namespace) -> str:
-    """What --recipe set, what flags beside it changed, and what of it was never published."""
+    """What --recipe set, what of that other flags changed, and what was never published."""
     recipe, values = zoo.RECIPES[args.recipe], vars(args)
     published = recipe.flags
     kept = [name for name in published if values[name] == published[name]]

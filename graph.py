@@ -22,7 +22,7 @@ POINTWISE = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.Identity, nn.PReLU, nn.ReLU, n
 POINTWISE += (nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus)
 POINTWISE += (nn.Sigmoid, nn.Tanh, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh)
 POINTWISE += (nn.Dropout, nn.Dropout2d, nn.AlphaDropout)
-# Functions and methods by name; in a sum or product of maps each counts.
+# Functions and methods by name; in a sum or product of maps, every operand counts.
 POINTWISE_NAMES = {
     *("relu", "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "softplus"),
     *("sigmoid", "tanh", "hardsigmoid", "hardswish", "hardtanh", "clamp", "dropout", "dropout2d"),
@@ -34,14 +34,14 @@ POINTWISE_NAMES = {
 VIEWS = {"getitem", "chunk", "split", "contiguous", "detach", "to", "type", "float"}
 UNTRUE = "its graph computes something else, as where `x += …` changes a tensor with a second name"
 REDUCTIONS = {"mean", "sum", "amax", "amin"}
-ON_CHANNELS = {"cat": 1, "chunk": 2, "split": 2}  # where their argument `dim` stands
+ON_CHANNELS = {"cat": 1, "chunk": 2, "split": 2}  # the position of their argument `dim`
 POOLING_ARGUMENTS = ("input", "kernel_size", "stride", "padding", "dilation")
 
 
 @dataclass(frozen=True)
 class Layer:
     """A layer with a window or parameters; pairs are (y, x). Jump and receptive field are None
-    behind the global pooling, where every value sees the whole image."""
+    after the global pooling, where every value sees the whole image."""
 
     name: str
     kind: str
@@ -54,14 +54,14 @@ class Layer:
     jump: tuple[int, int] | None
     receptive_field: tuple[int, int] | None
     parameters: int
-    multiply_adds: int  # per image; 0 but for convolutions and Linear
+    multiply_adds: int  # per image; 0 except for convolutions and Linear
 
 
 @dataclass(frozen=True)
 class Trace:
-    """What a net is made of. `receptive_field` (y, x) and `fields` are those of the input of its
-    global pooling, or of its output where nothing is pooled; `features` computes it from images,
-    `head` the net's output from it."""
+    """What a net is made of. `receptive_field` (y, x) and `fields` are those of the map that enters
+    its global pooling, or of its output if nothing is pooled; `features` computes that map from
+    images, `head` the net's output from that map."""
 
     layers: list[Layer]
     receptive_field: tuple[int, int]
@@ -82,26 +82,26 @@ class Tracer(fx.Tracer):
 def trace(module: nn.Module, input_shape: tuple[int, int, int] = (3, 32, 32)) -> Trace:
     """Layers and receptive field of `module` for images of `input_shape`.
 
-    Branches count with their union. What depends on a global pooling inside the net, as the gates
-    of squeeze-and-excitation do, sees the whole image. Raises UserError that names the node where
-    the graph holds an operator this cannot account for.
+    Where branches meet, the union of their fields counts. What depends on a global pooling inside
+    the net, as the gates of squeeze-and-excitation do, sees the whole image. Raises a UserError
+    that names the node if the graph holds an operator that this cannot account for.
     """
     try:
         module = copy.deepcopy(module).cpu().eval()
         if Tracer().is_leaf_module(module, ""):
-            module = nn.Sequential(module)  # tracing looks into the root, even into a lone Conv2d
+            module = nn.Sequential(module)  # tracing enters the root, even a lone Conv2d
         graph = fx.GraphModule(module, Tracer().trace(module))
         outputs = []
         with torch.no_grad(), torch.random.fork_rng([]), redirect_stderr(io.StringIO()):
-            for run in (module, ShapeProp(graph).propagate):  # which prints its own traceback
+            for run in (module, ShapeProp(graph).propagate):  # ShapeProp prints tracebacks
                 torch.default_generator.manual_seed(0)
                 outputs.append(run(torch.rand(1, *input_shape)))
         torch.testing.assert_close(*outputs, equal_nan=True, msg=UNTRUE)
-    except Exception as error:  # any code of the user's can fail
+    except Exception as error:  # a user's net can fail in any way
         raise UserError(
             f"receptive field: the net cannot be traced: {first_line(error)}"
         ) from error
-    fields: dict[fx.Node, Fields | None] = {}  # None: no map any more, its layout is gone
+    fields: dict[fx.Node, Fields | None] = {}  # None: no longer a map, its layout is lost
     layers, pooled = [], []
     for node in graph.graph.nodes:
         if node.op == "placeholder":
@@ -113,7 +113,7 @@ def trace(module: nn.Module, input_shape: tuple[int, int, int] = (3, 32, 32)) ->
             target = graph.get_submodule(node.target) if node.op == "call_module" else node.target
             try:
                 fields[node] = _fields_behind(node, target, fields, input_shape)
-            except (TypeError, ValueError) as error:  # an argument that is computed, as x.size(2)
+            except (TypeError, ValueError) as error:  # a computed argument, such as x.size(2)
                 raise _unaccounted(node, target) from error
             sliding = [n for n in node.all_input_nodes if _slides(fields[n])]
             if sliding and _shape(node) is not None and not _slides(fields[node]):
@@ -122,13 +122,13 @@ def trace(module: nn.Module, input_shape: tuple[int, int, int] = (3, 32, 32)) ->
                 layers.append(_layer(node, target, fields[node]))
     if not pooled:
         raise UserError("receptive field: the net's output does not depend on its input's pixels")
-    # The largest; of equals the last.
+    # The largest; among equals, the last.
     last = max(reversed(pooled), key=lambda n: max(_size(fields[n], _shape(n))))
     return Trace(layers, _size(fields[last], _shape(last)), fields[last], *_cut(graph, last.name))
 
 
 def _cut(graph: fx.GraphModule, name: str) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """What comes before the end of the node `name`, and what comes behind it."""
+    """The graph up to and including the node `name`, and the graph after it."""
     before, behind = copy.deepcopy(graph), copy.deepcopy(graph)
     *_, output = before.graph.nodes
     output.args = (next(node for node in before.graph.nodes if node.name == name),)
@@ -159,7 +159,7 @@ def _fields_behind(
         return union(known)
     if len(after) != 4 and not _reduces(node, target, {2, 3}):
         reduced = {_name(n.target) for n in node.users} <= REDUCTIONS
-        if sliding and len(after) > 2 and not reduced:  # tokens, which what comes next may mix
+        if sliding and len(after) > 2 and not reduced:  # tokens, which later nodes may mix
             raise _unaccounted(node, target)
         return None
     if len(known) < len(inputs):
@@ -187,7 +187,7 @@ def _fields_behind(
 
 
 def _changes_others(node: fx.Node, target: Any) -> bool:
-    """Whether this may change in place what other nodes use, unseen by the graph."""
+    """Whether this node may change in place what others use, unseen by the graph."""
     if node.op != "call_method" or not target.endswith("_"):
         return "out" in node.kwargs
     changed = node.args[0]
@@ -196,7 +196,7 @@ def _changes_others(node: fx.Node, target: Any) -> bool:
 
 
 def _window(node: fx.Node, target: Any) -> tuple[tuple[int, int], ...] | None:
-    """Kernel, stride, dilation and padding before the map, each (y, x), of what has a window."""
+    """Kernel, stride, dilation and padding before the map, each (y, x); None without a window."""
     name, one = _name(target), (1, 1)
     before, after = (_shape(n)[2:] for n in (node.all_input_nodes[0], node))
     if isinstance(target, ADAPTIVE) or name in ("adaptive_avg_pool2d", "adaptive_max_pool2d"):
@@ -234,7 +234,7 @@ def _pools_globally(node: fx.Node, target: Any) -> bool:
 
 
 def _reduces(node: fx.Node, target: Any, dims: set[int]) -> bool:
-    """Whether this is a mean, sum or extreme over `dims`, of 0 to 3, of a map."""
+    """Whether this is a mean, sum, maximum or minimum of a map over `dims` (of 0 to 3)."""
     if _name(target) not in REDUCTIONS or len(_shape(node.all_input_nodes[0])) != 4:
         return False
     given = _argument(node, 1, "dim")
@@ -243,7 +243,7 @@ def _reduces(node: fx.Node, target: Any, dims: set[int]) -> bool:
 
 
 def _spatial_slices(node: fx.Node) -> list[slice] | None:
-    """The slices of `x[:, :, ::2, ::2]` and the like, where nothing but slices is there."""
+    """The spatial slices of `x[:, :, ::2, ::2]` and the like; None if not all are plain slices."""
     index = node.args[1] if isinstance(node.args[1], tuple) else (node.args[1],)
     if Ellipsis in index:
         at = index.index(Ellipsis)
@@ -293,7 +293,7 @@ def _slides(fields: Fields | None) -> bool:
 
 
 def _shape(node: fx.Node) -> tuple[int, ...] | None:
-    """None for what is no tensor; the first's shape for several of them, as of `chunk`."""
+    """The shape of a node's tensor, or of the first of several, as of `chunk`; None without one."""
     meta = node.meta.get("tensor_meta")
     while isinstance(meta, tuple | list) and not hasattr(meta, "shape"):
         meta = meta[0] if meta else None

@@ -18,13 +18,13 @@ from tqdm import tqdm
 
 from common import SIZE, UserError, check_sums, first_line, written_whole
 
-MAX_FILE_BYTES = 1 << 20  # a 32×32 image has a few kilobytes; what claims more is none
-MAX_HEADER_BYTES = 1 << 13  # of a long name, say: tarfile's time can grow with its square
+MAX_FILE_BYTES = 1 << 20  # a 32×32 image has a few kilobytes; a larger file is not one
+MAX_HEADER_BYTES = 1 << 13  # of a long name, say: tarfile's time can be quadratic in it
 MAX_ARCHIVE_BYTES = 2 << 30  # unpacked
 MAX_IMAGES = 1_000_000  # 3 GB of pixels
 CACHE_FORMAT = 5  # raise when what is cached changes
 
-TURNS = {  # by EXIF's orientation; ImageOps.exif_transpose fails where any other tag is odd
+TURNS = {  # by EXIF orientation; ImageOps.exif_transpose fails if any other tag is malformed
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -38,8 +38,8 @@ Splits = dict[str, tuple[Tensor, Tensor]]  # "train" and "test": images, labels
 
 
 def read(path: Path) -> tuple[str, list[str], Splits]:
-    """Name, classes and images of a folder or archive, from the cache where it is unchanged. Raises
-    UserError for whatever is wrong with it."""
+    """Name, classes and images of a folder or archive, from the cache if it is unchanged. Raises
+    UserError if anything is wrong with it."""
     name = path.name.removesuffix(".xz").removesuffix(".gz").removesuffix(".tar")
     name = name or path.resolve().name
     try:
@@ -73,7 +73,7 @@ def _cache_home() -> Path:
 
 
 def _fingerprint(path: Path) -> str:
-    """Of an archive's bytes, or of the names, sizes and times of a folder's files."""
+    """A hash of an archive's bytes, or of the names, sizes and times of a folder's files."""
     digest = hashlib.sha256(str(CACHE_FORMAT).encode())
     if path.is_dir():
         for file in _files(path):
@@ -129,7 +129,7 @@ def _pixels(path: Path, name: str, blob: bytes) -> np.ndarray:
                 raise UserError(
                     f"--data {path}: {name} is {image.width}×{image.height}, not {SIZE}×{SIZE}"
                 )
-            if image.format == "PNG":  # it has check sums, which Pillow passes over as it decodes
+            if image.format == "PNG":  # check its checksums, which Pillow ignores when decoding
                 with Image.open(io.BytesIO(blob), formats=("PNG",)) as whole:
                     whole.verify()
             return np.asarray(to_rgb(image))
@@ -142,13 +142,13 @@ def _pixels(path: Path, name: str, blob: bytes) -> np.ndarray:
 
 
 def why_unreadable(error: Exception) -> str:
-    """What Pillow says of a file, on one line; its own words name a place in memory."""
+    """Pillow's reason, on one line; for an unknown format its own would name a memory address."""
     unknown = isinstance(error, UnidentifiedImageError)
     return "of no known format" if unknown else " ".join(str(error).split())
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image of any mode as RGB: turned as its EXIF says, on white where it is transparent."""
+    """An image of any mode as RGB: oriented as its EXIF says, on white where it is transparent."""
     image.load()
     turn = None
     with suppress(Exception):  # EXIF may be damaged
@@ -164,8 +164,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _in_8_bits(image: Image.Image) -> Image.Image:
-    """A grey image of more bits or of floats, whose levels Pillow would clip at 255. Those of 16
-    bits, and of any image that goes beyond 255, end at 65,535; floats up to 1 are fractions."""
+    """An 8-bit copy of a grey image of more bits or floats, which Pillow would clip at 255. 16-bit
+    images, and any that exceed 255, are taken to end at 65,535; floats up to 1 are fractions."""
     values = np.array(image)
     levels = np.nan_to_num(values.astype(np.float32), posinf=0, neginf=0)
     if image.mode.startswith("I;16") or levels.max() > 255:
@@ -180,7 +180,7 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
 
 
 def _files(path: Path) -> Iterator[Path]:
-    """Every file of a folder's train/ and test/, and what lies too deep there to be an image."""
+    """Every file in a folder's train/ and test/, and anything in them too deep to be an image."""
     for folder in (path / "train", path / "test"):
         folders = [folder] if folder.is_dir() else []
         for depth in range(3):
@@ -191,7 +191,7 @@ def _files(path: Path) -> Iterator[Path]:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a file or folder is of a file manager's or an editor's making, as .DS_Store is."""
+    """Whether a file or folder is one that file managers or editors make, such as .DS_Store."""
     return (name.startswith(".") and name != "..") or name in ("Thumbs.db", "desktop.ini")
 
 
@@ -209,8 +209,8 @@ def _folder_members(path: Path) -> Iterator[tuple[str, bytes]]:
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """tarfile takes a damaged header for the archive's end: every image after it would be lost. And
-    it reads a long name, or the places of a sparse file, into memory however many they claim to be.
+    """Refuses a damaged header, which tarfile takes for the archive's end, losing every image after
+    it; and an overlong name or a sparse file's map, which it reads into memory at any claimed size.
     """
 
     @classmethod
@@ -240,8 +240,8 @@ def _archive_members(path: Path) -> Iterator[tuple[str, bytes]]:
     try:
         with tarfile.open(path, tarinfo=_StrictTarInfo) as archive:
             for member in archive:
-                archive.members, archive.pax_headers = [], {}  # or it keeps each
-                if archive.offset < member.offset_data:  # a size below 0: it would go back
+                archive.members, archive.pax_headers = [], {}  # or it keeps them all
+                if archive.offset < member.offset_data:  # a negative size: it would seek back
                     raise tarfile.ReadError(f"{member.name} claims {member.size:,} bytes")
                 if member.offset_data + member.size > MAX_ARCHIVE_BYTES:
                     raise UserError(f"--data {path}: unpacks to over {MAX_ARCHIVE_BYTES >> 30} GiB")
@@ -259,7 +259,7 @@ def _archive_members(path: Path) -> Iterator[tuple[str, bytes]]:
                 if len(blob) < member.size:
                     raise UserError(f"--data {path}: cut off within {last}")
                 yield last, blob
-            while rest := archive.fileobj.read(1 << 20):  # to where gzip and xz keep their sums
+            while rest := archive.fileobj.read(1 << 20):  # up to the checksums of gzip and xz
                 if rest.strip(b"\0"):
                     raise tarfile.ReadError("there is more after its end")
                 if archive.fileobj.tell() > MAX_ARCHIVE_BYTES:

@@ -1,8 +1,8 @@
-"""Triton kernels for mirrored layers, where a GPU's time went: BatchNorm with what comes behind it,
-and the weights of convolutions.
+"""Triton kernels for the parts of mirrored layers where a GPU's time went: BatchNorm with the skip
+and ReLU after it, and the weights of convolutions.
 
 Maps are channels-last: matrices with a row for each half of a pixel's channels. No sum depends on
-which program ends first: the same inputs give the same bits.
+the order in which programs end: the same inputs give the same bits.
 """
 
 import torch
@@ -13,7 +13,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 from triton.language import constexpr
 
 LAST = torch.channels_last
-PROGRAMS = constexpr(128)  # at most, that share the rows of a sum
+PROGRAMS = constexpr(128)  # at most so many share the rows of a sum
 
 
 def norm(layer: nn.BatchNorm2d, x: Tensor, skip: Tensor | None) -> Tensor:
@@ -24,7 +24,7 @@ def norm(layer: nn.BatchNorm2d, x: Tensor, skip: Tensor | None) -> Tensor:
 
 
 def mirrored(alike: Tensor, differing: Tensor | None) -> Tensor:
-    """The weight of mirror.Mixed, or of mirror.Paired where nothing is `differing`, in the dtype
+    """The weight that mirror.Mixed makes, or mirror.Paired if `differing` is None, in the dtype
     that convolutions are computed in."""
     autocast = torch.is_autocast_enabled("cuda")
     dtype = torch.get_autocast_dtype("cuda") if autocast else alike.dtype
@@ -76,7 +76,7 @@ class _Norm(torch.autograd.Function):
 
 
 class _Shape:
-    """Of x (N, C × some, H, W) as a matrix (rows, C), and how programs share it."""
+    """The shape of x (N, multiple of C, H, W) as a matrix (rows, C), and how programs share it."""
 
     def __init__(self, x: Tensor, channels: int) -> None:
         self.channels, self.rows = channels, x.numel() // channels
@@ -99,14 +99,14 @@ def matrix(base, at, there):
 
 @triton.jit
 def _let_through(dy, y, at, there):
-    """The gradient dy before the ReLU that gave y; where there is no y, dy is that already."""
+    """dy passed back through the ReLU whose output is y; if y is None, that is done already."""
     gradient = matrix(dy, at, there)
     return gradient if y is None else tl.where(matrix(y, at, there) > 0, gradient, 0)
 
 
 @triton.jit
 def _moments(x, partial, rows, C: constexpr, ROWS: constexpr, BLOCK: constexpr):
-    """Sums of x (rows, C) less its first row, and of the squares: partial (2, C, programs)."""
+    """Sums of x (rows, C) minus its first row, and of that squared: partial (2, C, programs)."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     column = tl.arange(0, BLOCK)
     first = vector(x, column, C)
@@ -126,8 +126,8 @@ def _moments(x, partial, rows, C: constexpr, ROWS: constexpr, BLOCK: constexpr):
 
 @triton.jit(do_not_specialize=["C", "programs", "rows"])
 def _settle(x, partial, saved, running_mean, running_var, count, C, programs, rows, momentum, eps):
-    """From the sums, `saved` (2, C): mean, and one over the standard deviation. The running ones
-    move towards them, if they are given."""
+    """From the sums, `saved` (2, C): the mean, and one over the standard deviation. Running
+    statistics, if given, are updated."""
     column = tl.program_id(0) * 16 + tl.arange(0, 16)
     program = tl.arange(0, PROGRAMS)
     there = column < C
@@ -159,7 +159,7 @@ def _normalize(
     value = (matrix(x, at, there) - vector(saved, column, C)) * scale + vector(bias, column, C)
     if skip is not None:
         value += matrix(skip, at, there)
-    value = tl.where(value < 0, 0, value)  # keeps NaN, of which tl.maximum would make 0
+    value = tl.where(value < 0, 0, value)  # keeps NaN, which tl.maximum would turn into 0
     tl.store(y + at, value, mask=there)
 
 
@@ -167,8 +167,8 @@ def _normalize(
 def _gradient_sums(
     dy, y, cut, x, saved, partial, rows, C: constexpr, ROWS: constexpr, BLOCK: constexpr
 ):
-    """Sums of dy, where the ReLU's output y let it through, and of its products with normalised x:
-    partial (2, C, programs). Such a dy is kept in `cut`, if that is given."""
+    """Sums of dy, passed back through the ReLU whose output is y, and of its products with
+    normalised x: partial (2, C, programs). That dy is stored in `cut`, if given."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     column = tl.arange(0, BLOCK)
     mean, scale = vector(saved, column, C), vector(saved + C, column, C)
@@ -253,7 +253,7 @@ def _spread(alike, differing, weight, outputs, inputs, kernel, o, i, y, x, to_o,
 
 @triton.jit(do_not_specialize=STRIDES)
 def _collect(dw, alike, differing, outputs, inputs, kernel, o, i, y, x, to_o, to_i, to_y, to_x):
-    """The gradients of `alike` and `differing` from that of the weight, whose strides are to_…"""
+    """The gradients of `alike` and `differing` from the weight's, dw, with strides to_o … to_x."""
     number = tl.program_id(0) * 256 + tl.arange(0, 256)
     column, rest = number % inputs, number // inputs
     at_x, rest = rest % kernel, rest // kernel

@@ -35,7 +35,7 @@ def choose_device(name: str) -> torch.device:
         raise UserError(f"--device {name}: not available here; --device cpu always is")
     if name != "cuda":
         return torch.device(name)
-    number = int(os.environ.get("LOCAL_RANK", 0))  # torchrun's: one process, one GPU
+    number = int(os.environ.get("LOCAL_RANK", 0))  # set by torchrun: a GPU for each process
     if number >= torch.cuda.device_count():
         raise UserError(
             f"--device cuda: GPUs here: {torch.cuda.device_count()}; start no more processes"
@@ -45,14 +45,14 @@ def choose_device(name: str) -> torch.device:
 
 
 def be_deterministic(wanted: bool) -> None:
-    """Where it is not so yet: the switch imports torch.compile, 150 MiB and a second or two."""
+    """Set PyTorch's switch only if it changes: that imports torch.compile, 150 MiB and 1 to 2 s."""
     if wanted != torch.are_deterministic_algorithms_enabled():
         torch.use_deterministic_algorithms(wanted)
 
 
 def keep_freed_memory() -> None:
-    """Have glibc keep what tensors free for the next ones. Left alone it returns large blocks to
-    the kernel, which maps and clears their pages anew in every step."""
+    """Have glibc keep the memory that tensors free, for the next ones. Left alone, it returns large
+    blocks to the kernel, which maps and clears their pages anew in every step."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)
@@ -60,10 +60,10 @@ def keep_freed_memory() -> None:
 
 
 def choose_precision(name: str, device: torch.device) -> str:
-    """bf16 on a GPU that has it, else fp16; bf16 on a CPU that is fast in it, where onednn.py keeps
-    slow layers in fp32. Elsewhere fp32: steps in bf16 took an Intel Xeon with
-    AVX512-BF16 but without AMX 1.2 to 1.4 times as long, all six nets, and a CPU without either
-    eight times (AVX2). Raises UserError for bf16 on a GPU that lacks it."""
+    """For "auto" bf16 on a GPU that has it, else fp16; bf16 on a CPU that is fast at it, where
+    onednn.py keeps slow layers in fp32; fp32 elsewhere. Steps in bf16 took an Intel Xeon with
+    AVX512-BF16 but without AMX 1.2 to 1.4 times as long, for all six nets, and a CPU with neither
+    (AVX2) eight times. Raises UserError for bf16 on a GPU that lacks it."""
     if device.type == "cuda":
         best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         if name == "bf16" != best:
@@ -77,20 +77,20 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def triton_kernels(x: Tensor) -> ModuleType | None:
-    """kernels.py, where x lies on a GPU that it works on."""
+    """The module kernels.py if `x` lies on a GPU that it works on, else None."""
     return _kernels_on(x.device) if x.is_cuda and not torch.compiler.is_compiling() else None
 
 
 @cache
 def _kernels_on(device: torch.device) -> ModuleType | None:
-    """None, and a warning, where Triton lacks what it compiles with, above all a C compiler."""
+    """None, with a warning, if Triton lacks what it needs to compile, above all a C compiler."""
     if not find_spec("triton"):
         return None
     try:
         import kernels
 
         kernels.mirrored(torch.zeros(1, 1, 1, 1, device=device), None)
-    except Exception as error:  # whatever Triton makes of it
+    except Exception as error:  # Triton can fail in any way
         if is_out_of_memory(error):
             raise
         print(
@@ -115,7 +115,7 @@ def device_name(device: torch.device) -> str:
 
 def versions() -> dict[str, str | None]:
     here = Path(__file__).parent
-    git = ["git", "-C", str(here), "--git-dir=.git"]  # no repository around this one
+    git = ["git", "-C", str(here), "--git-dir=.git"]  # not a repository around this folder
     git += ["describe", "--always", "--dirty", "--exclude=*"]
     try:
         commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
@@ -123,7 +123,7 @@ def versions() -> dict[str, str | None]:
         commit = None
     found = {
         "python": sys.version.split()[0],
-        "libc": " ".join(platform.libc_ver()).strip() or None,  # for its malloc: memory
+        "libc": " ".join(platform.libc_ver()).strip() or None,  # its malloc affects memory
         "commit": commit,
     }
     for name in PACKAGES:

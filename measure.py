@@ -23,14 +23,14 @@ import graph
 import step
 from common import SIZE, UserError
 
-Way = Callable[[], Iterator[object]]  # of doing one batch after another, without an end
+Way = Callable[[], Iterator[object]]  # does one batch after another, endlessly
 Job = Callable[[], object]
-Phases = dict[str, tuple[Job, int]]  # what each does, and to how many images
+Phases = dict[str, tuple[Job, int]]  # each phase's job, and its number of images
 
 
 @dataclass(frozen=True)
 class Ceilings:
-    """What a device reached, the median of some rounds."""
+    """What a device reached, as medians of some rounds."""
 
     bytes_per_second: float  # read plus written, of a large copy
     multiply_adds_per_second: float  # of a large matrix product
@@ -39,9 +39,9 @@ class Ceilings:
 def rates(
     ways: dict[str, Way], device: torch.device, warm_up: int, count: int, rounds: int = 5
 ) -> dict[str, float]:
-    """Batches a second of each way: the median of `rounds` times `count` batches, or as many as
-    begin within two seconds, each time after `warm_up` uncounted ones. The ways take turns: a
-    machine's changes of speed meet them alike."""
+    """Batches a second of each way: the median of `rounds` rounds of `count` batches, or as many as
+    begin within two seconds, each round after `warm_up` uncounted ones. The ways take turns, so
+    that a machine's changes of speed affect all alike."""
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
         for name, way in ways.items():
@@ -59,8 +59,8 @@ def rates(
 
 
 def phase_seconds(phases: Phases, device: torch.device, rounds: int) -> dict[str, float]:
-    """Median seconds an image of each phase of a step, one after the other; on a GPU, where
-    launching them would take longer, each as a CUDA graph."""
+    """Median seconds per image of each phase of a step, run in turn; on a GPU, where launching its
+    kernels one by one would take longer, each as a CUDA graph."""
     jobs = [job for job, _ in phases.values()]
     if device.type == "cuda":
         jobs = _captured(jobs)
@@ -80,8 +80,8 @@ def phase_seconds(phases: Phases, device: torch.device, rounds: int) -> dict[str
 
 
 def kernels(job: Job, device: torch.device, rounds: int) -> list[dict[str, Any]]:
-    """What `job` has a GPU run, or PyTorch on a CPU: name, count and seconds a job, means of
-    `rounds`, the longest first."""
+    """The kernels that `job` runs on a GPU, or PyTorch's operations on a CPU: name, and count and
+    seconds per job, means of `rounds`, the longest first."""
     on_gpu = device.type == "cuda"
     activity = ProfilerActivity.CUDA if on_gpu else ProfilerActivity.CPU
     job()
@@ -120,11 +120,11 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 def floor_seconds(
     layers: list[graph.Layer], batch: int, dtype: torch.dtype, ceilings: Ceilings
 ) -> float:
-    """Which no step can beat that computes layer by layer, on maps too large for a cache, as those
-    of a batch of 256 are not for an H100's of 50 MB (the roofline model, Williams et al. 2009): for
-    each convolution the larger of its traffic – input, output and weights once forward, twice
-    backward – and its multiply-adds, norms and activations free; the augmentation's uint8 read and
-    output written; 5 × 4 bytes a parameter for the optimiser."""
+    """The least seconds of a step (the roofline model, Williams et al. 2009) that computes layer by
+    layer on maps too large for a cache; those of a batch of 256 fit into an H100's 50 MB. Counted:
+    for each convolution, the larger of its traffic – input, output and weights once forward, twice
+    backward – and its multiply-adds, with norms and activations free; the augmentation's uint8
+    read and output written; 5 × 4 bytes per parameter for the optimiser."""
     parameters = sum(layer.parameters for layer in layers)
     moved = batch * 3 * SIZE * SIZE * (1 + dtype.itemsize) + 5 * 4 * parameters
     each = (layer_floor_seconds(layer, batch, dtype, ceilings) for layer in layers)
@@ -134,7 +134,7 @@ def floor_seconds(
 def layer_floor_seconds(
     layer: graph.Layer, batch: int, dtype: torch.dtype, ceilings: Ceilings
 ) -> float:
-    """One layer's part of that, forward and backward; images need no gradient."""
+    """One layer's part of `floor_seconds`, forward and backward; images need no gradient."""
     if not layer.multiply_adds:
         return 0.0
     passes = 2 if layer.input == (3, SIZE, SIZE) else 3
@@ -152,14 +152,14 @@ def reset_peak_memory(device: torch.device) -> None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes since the reset: of tensors on a GPU, on Linux of the whole process."""
+    """Peak bytes since the reset: of tensors on a GPU, otherwise (Linux) of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     status = Path("/proc/self/status").read_text().split()
     return int(status[status.index("VmHWM:") + 1]) * 1024
 
 
-# train.py as a user starts it, but for a note of its first step's end and its largest memory.
+# train.py as a user starts it, but it notes the end of its first step and its peak memory.
 CHILD = """
 import json, sys, time
 import torch
@@ -187,7 +187,7 @@ sys.exit(status)
 
 def whole_run(argv: list[str], cache_home: str) -> dict[str, float]:
     """Seconds from the start of a process that runs train.py to the end of its first step and to
-    its own end, and its largest memory. Raises UserError where it fails."""
+    its own end, and its peak memory. Raises UserError if it fails."""
     path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"XDG_CACHE_HOME": cache_home, "PYTHONPATH": path}
     environment["TRITON_CACHE_DIR"] = str(Path(cache_home, "triton"))

@@ -1,9 +1,9 @@
-"""Layers to which an image and its mirror image are the same (Cohen and Welling 2016, "Group
-Equivariant Convolutional Networks", arxiv.org/abs/1602.07576, for the smallest group of all).
+"""Layers equivariant to mirroring the image left to right (Cohen and Welling 2016, "Group
+Equivariant Convolutional Networks", arxiv.org/abs/1602.07576, here with a group of two elements).
 
-Channels come in two halves. Mirroring the image mirrors every map and swaps the halves: a kernel
-serves twice, once as its own mirror image. Layers have half the parameters of plain ones as wide,
-and the same arithmetic. The mean of both halves is the same for an image and its mirror image.
+Channels come in two halves. Mirroring the image mirrors every map and swaps the halves: each kernel
+is used twice, once mirrored. Layers have half the parameters of plain ones of the same width, and
+the same arithmetic. The mean over pixels and halves is the same for an image and its mirror image.
 """
 
 import torch
@@ -15,8 +15,8 @@ from machine import triton_kernels
 
 
 class Paired(nn.Module):
-    """Kernels (C/2, 1 or 3, k, k) of a depthwise convolution, or of one of an image, and for the
-    other half of its outputs their mirror images: (C, 1 or 3, k, k)."""
+    """The weight (C, 1 or 3, k, k) of a depthwise convolution, or of one on the RGB image: kernels
+    (C/2, 1 or 3, k, k) for half of the outputs, their mirror images for the other half."""
 
     def forward(self, kernels: Tensor) -> Tensor:
         if self.training and (gpu := triton_kernels(kernels)):
@@ -24,20 +24,20 @@ class Paired(nn.Module):
         return torch.cat([kernels, kernels.flip(3)])
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        return weight[: len(weight) // 2].clone()  # or a file would hold all of the weight
+        return weight[: len(weight) // 2].clone()  # with a view, a file would hold the whole weight
 
 
 class Mixed(nn.Module):
-    """Kernels (C/2, D/2, k, k) for what is alike in both halves and for what differs: the weight
-    (C, D, k, k) that mixes D channels, whose singular values and norm are those of the two, as
-    matrices with a row for each output. So the optimiser works as on a plain convolution's weight.
-    """
+    """The weight (C, D, k, k) of a convolution that mixes D channels, from kernels (C/2, D/2, k, k)
+    for what both halves have in common and for what differs. As a matrix with a row for each output
+    it has the singular values and the norm of those two together, so the optimiser works as on a
+    plain convolution's weight."""
 
     def forward(self, alike: Tensor, differing: Tensor) -> Tensor:
         if self.training and (gpu := triton_kernels(alike)):
             return gpu.mirrored(alike, differing)
         own = alike.lerp(differing, 0.5)
-        half = torch.stack([own, own - differing])  # the weights of the inputs' first half
+        half = torch.stack([own, own - differing])  # the weights for the first half of the inputs
         return torch.stack([half, half.flip(0, 4)], 2).flatten(2, 3).flatten(0, 1)
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,7 +46,7 @@ class Mixed(nn.Module):
 
 
 def mirrored(convolution: nn.Conv2d) -> nn.Conv2d:
-    """The convolution, with a weight of kernels that serve both halves."""
+    """`convolution`, its weight made from kernels that serve both halves."""
     mixes = convolution.groups == 1 and convolution.in_channels != 3
     return parametrize.register_parametrization(
         convolution, "weight", Mixed() if mixes else Paired()
@@ -54,20 +54,20 @@ def mirrored(convolution: nn.Conv2d) -> nn.Conv2d:
 
 
 class MirrorNorm(nn.BatchNorm2d):
-    """BatchNorm of maps (N, 2 × num_features, H, W), whose halves share scale, shift and statistics
-    as if they were one map of twice the width; then `skip` is added, if given, and ReLU taken."""
+    """BatchNorm of maps (N, 2 × num_features, H, W) whose halves share scale, shift and statistics,
+    as if they were one map of twice the width. Then `skip`, if given, is added and ReLU applied."""
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
         if self.training:
             gpu = triton_kernels(x)
             return gpu.norm(self, x, skip) if gpu else self.by_pytorch(x, skip)
-        # Plainly, as other programs fold it into the convolution.
+        # A plain batch norm, which other programs can fold into the convolution.
         halves = (self.running_mean, self.running_var, self.weight, self.bias)
         x = F.batch_norm(x, *(each.repeat(2) for each in halves), eps=self.eps)
         return F.relu(x if skip is None else skip + x)
 
     def by_pytorch(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        """In training, on views: in the order of channels-last none of this copies a map."""
+        """The training forward, on views: for channels-last maps none of this copies a map."""
         n, channels, height, width = x.shape
 
         def widened(x: Tensor) -> Tensor:
@@ -80,7 +80,7 @@ class MirrorNorm(nn.BatchNorm2d):
 
 
 class MirrorPool(nn.Module):
-    """The mean (N, C) over maps (N, 2C, H, W) and their halves."""
+    """The mean (N, C) of maps (N, 2C, H, W) over their pixels and both halves."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.mean((2, 3)).unflatten(1, (2, -1)).mean(1)

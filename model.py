@@ -12,7 +12,7 @@ NETS = ("atrous", *zoo.TABLES)
 def build(name: str, num_classes: int, dropout: float = 0.0) -> nn.Module:
     """The net `name`, giving logits (N, num_classes) for images (N, 3, 32, 32).
 
-    Raises UserError for a name that has no line here.
+    Raises UserError for a name that no line here builds.
     """
     if name == "atrous":
         return atrous(num_classes, dropout)
@@ -22,9 +22,9 @@ def build(name: str, num_classes: int, dropout: float = 0.0) -> nn.Module:
 
 
 def conv(inputs: int, outputs: int, kernel: int, **options: int) -> nn.Conv2d:
-    """A convolution without bias, padded by as much on each side to keep the map's size but for the
-    stride. A stride of 2 wants an even kernel: an odd one's centres, on every other pixel, are not
-    their own mirror image."""
+    """A convolution without bias, padded equally on each side so that only a stride changes the
+    map's size. A stride of 2 needs an even kernel: an odd one is centred on every other pixel, and
+    mirroring the map would move its centres to the pixels in between."""
     padding = (options.get("dilation", 1) * (kernel - 1) + 2 - options.get("stride", 1)) // 2
     return mirrored(nn.Conv2d(inputs, outputs, kernel, padding=padding, bias=False, **options))
 
@@ -41,8 +41,8 @@ def separable(inputs: int, outputs: int, kernel: int = 3, **options: int) -> nn.
 
 
 class Residual(nn.Module):
-    """Layers whose last, a MirrorNorm, adds what they were given to what they make of it, before
-    its ReLU. It starts at zero, so that the block starts as the identity."""
+    """Layers with a shortcut: the last one, a MirrorNorm, adds the block's input before its ReLU.
+    Its scale starts at zero, so that the block starts as the identity."""
 
     def __init__(self, *layers: nn.Module) -> None:
         super().__init__()
@@ -58,9 +58,9 @@ class Residual(nn.Module):
 
 def atrous(num_classes: int, dropout: float) -> nn.Sequential:
     """Residual blocks (He et al. 2016): a dense 3×3 one where the map is large and channels are
-    few, then separable ones. Mirrored images have the same logits (mirror.py). No stride is
-    dilated: with stride 2 and dilation 2 every tap falls on rows and columns of one parity, and
-    three quarters of the map are computed for nothing.
+    few, then separable ones. An image and its mirror image have the same logits (mirror.py). No
+    layer with a stride is dilated: with stride 2 and dilation 2 all taps fall on rows and columns
+    of one parity, and three quarters of the map are computed for nothing.
     """
     return nn.Sequential(
         dense(3, 32),  # 32×32

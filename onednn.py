@@ -1,6 +1,6 @@
-"""What oneDNN, by which PyTorch convolves on a CPU, does badly, done in other ways. Milliseconds,
-where no other machine is named, are of forward and backward of a batch of 256 in float32 on two
-cores of an AMD EPYC with AVX2, torch 2.14."""
+"""Other ways to compute the convolutions that oneDNN, PyTorch's library for them on a CPU, does
+badly. Milliseconds are of forward and backward of a batch of 256 in float32 on two cores of an AMD
+EPYC with AVX2, torch 2.14, unless another machine is named."""
 
 from collections.abc import Callable
 from functools import partial
@@ -13,7 +13,7 @@ Convolution = Callable[[Tensor], Tensor]
 
 
 def take_over(net: nn.Module) -> None:
-    """Has each of the net's convolutions computed in the best way known here."""
+    """Have each of the net's convolutions computed in the best way known here."""
     for layer in net.modules():
         if isinstance(layer, nn.Conv2d):
             layer.forward = partial(convolve, layer, layer.forward)
@@ -28,8 +28,8 @@ def convolve(layer: nn.Conv2d, own: Convolution, x: Tensor) -> Tensor:
 
 
 def is_product(layer: nn.Conv2d) -> bool:
-    """1×1 with many weights, on a CPU with AVX2 at best: for the gradient of 208 × 208 or more two
-    threads take longer there than one. The convolution takes 60 ms, for 40 as a matrix product."""
+    """Whether it is 1×1, with many weights, on a CPU with AVX2 at best: there the gradient of 208 ×
+    208 weights or more takes two threads longer than one. A matrix product takes 40 ms, not 60."""
     one = layer.kernel_size == layer.stride == (1, 1) and layer.padding == (0, 0)
     many = layer.groups == 1 and layer.in_channels * layer.out_channels > 200 * 200
     return one and many and torch.backends.cpu.get_cpu_capability() == "AVX2"
@@ -40,8 +40,8 @@ def as_product(layer: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def has_grids(layer: nn.Conv2d, x: Tensor) -> bool:
-    """Dilated by a divisor of its padding, with as large a stride, or one of 1 and maps that the
-    dilation divides too."""
+    """Whether `on_grids` applies: the dilation divides the padding, and equals the stride or, if
+    that is 1, divides the map's sides too."""
     windows = (layer.dilation, layer.padding, layer.stride)
     if any(len(set(window)) > 1 for window in windows):
         return False
@@ -52,9 +52,9 @@ def has_grids(layer: nn.Conv2d, x: Tensor) -> bool:
 
 
 def on_grids(layer: nn.Conv2d, x: Tensor) -> Tensor:
-    """A convolution of dilation d, as plain ones of the d × d grids of every d-th row and column:
-    no output sees more than one. A depthwise 3×3 of 96 channels at 16×16 takes 25 ms, for 159.
-    With a stride of d all outputs see the first."""
+    """A convolution of dilation d as plain ones on the d × d grids of every d-th row and column: no
+    output sees more than one grid, and with a stride of d all see the first. A depthwise 3×3 of 96
+    channels at 16×16 takes 25 ms instead of 159."""
     d = layer.dilation[0]
 
     def plain(x: Tensor) -> Tensor:
@@ -70,8 +70,8 @@ def on_grids(layer: nn.Conv2d, x: Tensor) -> Tensor:
 
 
 def pixels(x: Tensor) -> Tensor:
-    """Maps as they lie in memory, (N, H, W, C): what views and copies make of them, and of their
-    gradients, is channels-last again."""
+    """Maps as they lie in memory, (N, H, W, C), so that views and copies of them, and of their
+    gradients, are channels-last again."""
     return x.permute(0, 2, 3, 1)
 
 
@@ -86,13 +86,13 @@ def precisely(
     stride: tuple[int, int] = (1, 1),
     dilation: tuple[int, int] = (1, 1),
 ) -> Tensor:
-    """In float32 inside, under autocast too, what is bad in bfloat16. Depthwise convolutions with a
-    stride or kernels larger than 3×3: part of their backward takes many times as long (on one core
-    of an AMD EPYC with AVX512-BF16 3×3, stride 2, 64 channels at 16×16: 106 ms against 3.3 for the
-    gradient of the input; 5×5, 208 channels at 8×8: 88 against 30 for that of the weight), while
-    others take half of it. Dilated ones of stride 1, dense or not, whose last block of 16 channels
-    is not full: on maps 32 wide the gradient of their weight is NaN or merely wrong in that block
-    (torch 2.14 with oneDNN 3.12, AVX512-BF16 without AMX)."""
+    """`convolution`, in float32 even under autocast where bfloat16 is slow or wrong. It is slow in
+    depthwise ones with a stride or a kernel larger than 3×3: part of their backward takes many
+    times as long (one core of an AMD EPYC with AVX512-BF16: 3×3, stride 2, 64 channels at 16×16,
+    106 ms against 3.3 for the gradient of the input; 5×5, 208 channels at 8×8, 88 against 30 for
+    that of the weight), while others take half as long. It is wrong in dilated ones of stride 1,
+    dense or not, whose last block of 16 channels is not full: on maps 32 wide the gradient of their
+    weight is NaN or merely wrong there (torch 2.14 with oneDNN 3.12, AVX512-BF16 without AMX)."""
     depthwise = layer.groups == layer.in_channels > 1
     slow = depthwise and (stride != (1, 1) or max(layer.kernel_size) > 3)
     wrong = dilation != (1, 1) and stride == (1, 1) and layer.in_channels % 16
@@ -101,11 +101,11 @@ def precisely(
     wide = x.float()
     address, version = wide.data_ptr(), x._version
 
-    def narrowed(saved: Tensor) -> Tensor:  # x, which is kept anyway, where backward needs `wide`
+    def narrowed(saved: Tensor) -> Tensor:  # save x, which is kept anyway, for `wide`
         return x if saved.data_ptr() == address else saved
 
     def widened(kept: Tensor) -> Tensor:
-        if kept is x and x._version != version:  # PyTorch, which would tell, has lost sight of it
+        if kept is x and x._version != version:  # PyTorch's own check does not see x here
             raise RuntimeError("a convolution's input was changed in place before its backward")
         return kept.float()
 

@@ -1,4 +1,4 @@
-"""What changes as a net learns – weights, optimiser, schedule, loss scale – and its state."""
+"""What changes as a net learns – weights, optimiser, schedule, loss scale – and its saved state."""
 
 import warnings
 from argparse import Namespace
@@ -18,15 +18,15 @@ from machine import triton_kernels
 
 @dataclass
 class Training:
-    """What a run changes as it goes, and what a checkpoint holds."""
+    """All that changes during a run, and what a checkpoint holds."""
 
     net: nn.Module
     optimizer: torch.optim.Optimizer
     scheduler: LRScheduler
     scaler: torch.amp.GradScaler
     history: list[dict[str, Any]] = field(default_factory=list)
-    elapsed: float = 0.0  # seconds of preparing the step, of epochs and evaluations
-    reached: dict[str, float] | None = None  # epoch and seconds at which --target was
+    elapsed: float = 0.0  # seconds spent on preparing steps, on epochs and evaluations
+    reached: dict[str, float] | None = None  # epoch and seconds at which --target was reached
 
     def state(self) -> dict[str, Any]:
         return {
@@ -41,8 +41,8 @@ class Training:
             else:
                 setattr(self, name, state[name])
         for group in self.optimizer.param_groups:
-            group["lr"] = float(group["lr"])  # a tensor where a CUDA graph read it
-            group["fused"] = self.optimizer.defaults["fused"]  # of this device, not of that one
+            group["lr"] = float(group["lr"])  # saved as a tensor if a CUDA graph read it
+            group["fused"] = self.optimizer.defaults["fused"]  # for this device, not the old one
 
 
 def make_training(net: nn.Module, args: Namespace, device: torch.device, steps: int) -> Training:
@@ -55,14 +55,14 @@ def make_training(net: nn.Module, args: Namespace, device: torch.device, steps: 
 
         depthwise.take_over(net)
     scaler = torch.amp.GradScaler(device.type, enabled=args.precision == "fp16")
-    if scaler.is_enabled():  # which may skip the first step
+    if scaler.is_enabled():  # it may skip the first step, of which PyTorch would warn
         warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
     optimizer = Muon(
         parameter_groups(net, args),
         lr=args.lr,
         momentum=args.momentum,
         nesterov=args.momentum > 0,
-        # The scaler leaves it to a fused optimiser to skip a step, too late for Muon's momentum.
+        # The scaler lets a fused optimiser skip steps by itself: too late for Muon's momentum.
         fused=(device.type == "cuda" and not scaler.is_enabled()) or None,
     )
     scheduler = make_scheduler(optimizer, args, steps)
@@ -70,8 +70,8 @@ def make_training(net: nn.Module, args: Namespace, device: torch.device, steps: 
 
 
 def parameter_groups(net: nn.Module, args: Namespace) -> list[dict[str, Any]]:
-    """Weights; what has one dimension, which never decays; and, if Muon trains them, the kernels
-    that mix channels."""
+    """Groups of weights, of one-dimensional parameters, which never decay, and, with Muon, of the
+    kernels that mix channels."""
     dense = [m for m in net.modules() if isinstance(m, nn.Conv2d) and m.groups == 1]
     mixing = [p for convolution in dense for p in convolution.parameters() if p.ndim >= 2]
     kernels = mixing if args.optimizer == "muon" else []
@@ -88,18 +88,18 @@ def parameter_groups(net: nn.Module, args: Namespace) -> list[dict[str, Any]]:
     return groups
 
 
-MUON_LR, MUON_DECAY = 1 / 10, 200  # to SGD's: from 0.4 and 5e-4 come 0.04 and 0.1
+MUON_LR, MUON_DECAY = 1 / 10, 200  # times SGD's: 0.4 and 5e-4 become 0.04 and 0.1
 
 
 class Muon(torch.optim.SGD):
-    """SGD that, in groups with a `muon_momentum`, puts in place of a kernel's gradient its Nesterov
-    momentum made orthogonal, as a matrix with a row for each output (Jordan 2024,
-    kellerjordan.github.io/posts/muon). The groups' own `momentum` is 0.
+    """SGD that, in groups with a `muon_momentum`, replaces a kernel's gradient by its Nesterov
+    momentum, orthogonalised as a matrix with a row for each output (Jordan 2024,
+    kellerjordan.github.io/posts/muon). The `momentum` of those groups is 0.
 
-    torch.optim.Muon takes nothing but matrices and reads rates on the host, as no CUDA graph can.
+    torch.optim.Muon accepts only matrices and reads rates on the host, which a CUDA graph cannot.
     """
 
-    # Without what hides them from torch.compile, and imports it: 150 MiB, and a second or two.
+    # Without the wrappers that hide them from torch.compile: these import it, 150 MiB, 1 to 2 s.
     add_param_group = unwrap(torch.optim.SGD.add_param_group)
     zero_grad = unwrap(torch.optim.SGD.zero_grad)
     state_dict = unwrap(torch.optim.SGD.state_dict)
@@ -134,8 +134,8 @@ class Muon(torch.optim.SGD):
 
 
 def orthogonal_at_once(stacks: list[Tensor]) -> list[Tensor]:
-    """`orthogonal` of each, padded with zeros to be one stack: a GPU takes as long for a product of
-    few small matrices as for one of many."""
+    """`orthogonal` of each stack, all padded with zeros into one: a GPU takes as long to multiply
+    a few small matrices as many."""
     rows, columns = (max(stack.shape[dim] for stack in stacks) for dim in (1, 2))
     padded = [F.pad(s, (0, columns - s.shape[2], 0, rows - s.shape[1])) for s in stacks]
     found = orthogonal(torch.cat(padded)).split([len(stack) for stack in stacks])
@@ -143,8 +143,8 @@ def orthogonal_at_once(stacks: list[Tensor]) -> list[Tensor]:
 
 
 def orthogonal(matrices: Tensor) -> Tensor:
-    """Matrices (N, rows, columns) with their singular values brought near 1, but for the smallest:
-    five steps of Newton and Schulz's iteration with the coefficients of Jordan 2024."""
+    """Matrices (N, rows, columns) with all but their smallest singular values brought near 1, by
+    five Newton–Schulz iterations with the coefficients of Jordan 2024."""
     if matrices.shape[1] > matrices.shape[2]:
         return orthogonal(matrices.mT).mT
     x = matrices / matrices.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
@@ -156,13 +156,13 @@ def orthogonal(matrices: Tensor) -> Tensor:
 
 
 def make_scheduler(optimizer: torch.optim.Optimizer, args: Namespace, steps: int) -> LRScheduler:
-    """Stepped once a batch: `onecycle` rises for a quarter of the run and falls to zero (Smith and
-    Topin 2018); `cyclic` is triangles of eight to fifteen epochs, or one of a shorter run (Smith
-    2017); `step` halves the rate every six epochs."""
-    total = max(2, args.epochs * steps)  # the only step of one would have OneCycleLR's lowest rate
+    """The schedule, stepped once a batch: `onecycle` rises for a quarter of the run, then falls to
+    zero (Smith and Topin 2018); `cyclic` is triangles of eight to fifteen epochs, or one over a
+    shorter run (Smith 2017); `step` halves the rate every six epochs."""
+    total = max(2, args.epochs * steps)  # a lone step would have OneCycleLR's lowest rate
     highest = [group["lr"] for group in optimizer.param_groups]
     if args.schedule == "onecycle":
-        rise = 0.25 if total != 4 else 0.3  # OneCycleLR divides by rise × total - 1
+        rise = 0.25 if total != 4 else 0.3  # OneCycleLR divides by rise × total - 1, not to be 0
         return OneCycleLR(
             optimizer, highest, total_steps=total, pct_start=rise, cycle_momentum=False
         )

@@ -1,4 +1,4 @@
-"""The pictures of a run, and of several beside each other.
+"""The pictures of a run, and of several runs side by side.
 
 python plots.py RUN [RUN…] [--images 3 17 …]
 """
@@ -65,9 +65,9 @@ def curves(path: Path, history: list[dict[str, Any]], title: str) -> None:
 def image_grid(path: Path, images: np.ndarray, captions: list[str], title: str) -> None:
     """Images uint8 (N, H, W, 3), eight in a row, each under its caption."""
     rows = max(1, -(-len(images) // 8))
-    width, height = 1.25, 1.45  # inches from an image of one inch to the next
+    width, height = 1.25, 1.45  # inches per image, itself one inch wide
     figure = Figure(figsize=(8 * width, height * rows + 0.4))
-    axes = figure.add_axes((0, 0, 1, 1))  # one for all: 32 of them take five times as long
+    axes = figure.add_axes((0, 0, 1, 1))  # one for all images: 32 axes take five times as long
     axes.axis("off")
     for number, (image, caption) in enumerate(zip(images, captions, strict=True)):
         left, top = number % 8 * width + 0.125, number // 8 * height + 0.75
@@ -85,7 +85,7 @@ def shortened(names: list[str], length: int) -> list[str]:
 def mistakes(
     path: Path, images: np.ndarray, labels: np.ndarray, logits: np.ndarray, classes: list[str]
 ) -> None:
-    """The 32 misclassified test images uint8 (N, H, W, 3) of which the net was surest."""
+    """The 32 misclassified test images uint8 (N, H, W, 3) that the net was surest of."""
     predicted, confidence = logits.argmax(1), torch.from_numpy(logits).softmax(1).amax(1).numpy()
     wrong = np.flatnonzero(predicted != labels)
     wrong = wrong[np.argsort(-confidence[wrong], kind="stable")]
@@ -172,8 +172,8 @@ def comparison(path: Path, histories: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def grad_cam(path: Path, panels: list[Panel]) -> None:
-    """For each test image its caption, the image uint8 (H, W, 3), its Grad-CAM and its effective
-    receptive field, both (H, W) from 0 to 1, side by side."""
+    """For each test image, side by side: the image uint8 (H, W, 3) under its caption, its Grad-CAM
+    and its effective receptive field, both (H, W) from 0 to 1."""
     figure = Figure(figsize=(6.4, 2.1 * len(panels) + 0.5), layout="constrained")
     grid = figure.subplots(len(panels), 3, squeeze=False)
     for row, (caption, image, cam, field) in zip(grid, panels, strict=True):
@@ -190,8 +190,8 @@ def grad_cam(path: Path, panels: list[Panel]) -> None:
 def effective_field(
     path: Path, heat: np.ndarray, margin: int, square: list[tuple[int, int]], title: str
 ) -> None:
-    """Gradient (H, W) of a central unit by the pixels of an image and of `margin` more around it;
-    `square` is its theoretical field, first and last row and column."""
+    """Gradient (H, W) of a central unit with respect to the pixels of an image and of a `margin`
+    around it; `square` is the unit's theoretical field, its first and last row and column."""
     figure = Figure(figsize=(6.4, 5.4), layout="constrained")
     axes = figure.subplots()
     axes.grid(False)
@@ -219,7 +219,7 @@ def draw_run(
     logits: np.ndarray,
     history: list[dict[str, Any]],
 ) -> None:
-    """All that a run's metrics and test logits (N, classes) show."""
+    """Draw what a run's metrics and test logits (N, classes) show."""
     title = f"{flags.get('net')} on {dataset.name}, seed {flags.get('seed')}"
     if flags.get("holdout"):
         title += f"; test: {flags['holdout']:,} held-out training images"
@@ -232,7 +232,7 @@ def draw_run(
 
 
 def grad_cam_panels(run: Path, dataset: data.Dataset, numbers: list[int]) -> list[Panel]:
-    """Of the test images with these numbers: Grad-CAM of the predicted class (Selvaraju et al.
+    """For the test images with these numbers: Grad-CAM of the predicted class (Selvaraju et al.
     2017) and the central unit's effective receptive field, both before the global pooling."""
     import graph
     import rf
@@ -258,9 +258,9 @@ def grad_cam_panels(run: Path, dataset: data.Dataset, numbers: list[int]) -> lis
 
 
 def over_image(maps: torch.Tensor, fields: Fields) -> torch.Tensor:
-    """Maps (N, 1, h, w) laid over the image, (N, 32, 32): bilinear between the centres of what
-    their units see, which need not tile it."""
-    places = []  # of the pixels among the units, from -1 to 1
+    """Maps (N, 1, h, w) resampled to the image's size, (N, 32, 32): bilinear between the centres of
+    their units' receptive fields, which need not tile the image."""
+    places = []  # pixels' positions among the units, from -1 to 1
     for field, units in zip(fields, maps.shape[2:], strict=True):
         first = sum(field.spans[field.jump]) / 2
         places.append((2 * (torch.arange(SIZE) - first) / field.jump + 1) / units - 1)
@@ -270,7 +270,7 @@ def over_image(maps: torch.Tensor, fields: Fields) -> torch.Tensor:
 
 
 def redraw(run: Path, numbers: list[int] | None) -> list[dict[str, Any]]:
-    """Draw a run's pictures again from its files; its history."""
+    """Draw a run's pictures again from its files. Returns its history."""
     dataset = checkpoint.load_data(run)
     count = len(dataset.test_images)
     numbers = list(range(0, count, -(-count // 6))) if numbers is None else numbers
@@ -320,7 +320,7 @@ def main(argv: list[str]) -> int:
 
 
 def named(run: Path) -> str:
-    """As a line of `comparison` is: what was not tested on the test images says so."""
+    """A run's label in `comparison`, which says so if it was tested on held-out images."""
     holdout = checkpoint.load_config(run)["flags"].get("holdout")
     return f"{run}, {holdout:,} held-out images" if holdout else str(run)
 

@@ -30,27 +30,27 @@ BATCH = 256
 
 
 def to_pixels(image: Image.Image) -> np.ndarray:
-    """RGB uint8 (32, 32, 3) of an image of any size and mode, as training images are read: its
+    """RGB uint8 (32, 32, 3) of an image of any size and mode, converted as training images are: its
     central square, resized with anti-aliasing."""
     rgb = to_rgb(image)
     return np.asarray(ImageOps.fit(rgb, (SIZE, SIZE), Image.Resampling.LANCZOS))
 
 
 def formats() -> list[str]:
-    """Pillow's, but EPS, for which it starts Ghostscript, a program that does what the image says,
-    and IPTC, which may hold an EPS."""
+    """Pillow's formats except EPS, for which it starts Ghostscript, which runs the image as a
+    program, and IPTC, which may hold an EPS."""
     Image.init()
     return [name for name in Image.OPEN if name not in ("EPS", "IPTC")]
 
 
 def named_files(arguments: list[str], failed: list[str]) -> Iterator[tuple[str, Path | BytesIO]]:
-    """Every file that the arguments name: of a folder all with the extension of an image, and
-    standard input for `-`."""
+    """Every file that the arguments name: for a folder, all with an image's extension; for `-`,
+    standard input."""
     for argument in arguments:
         path = Path(argument)
         if argument == "-":
-            yield "-", BytesIO(sys.stdin.buffer.read() if sys.stdin else b"")  # None where closed
-        elif os.path.isdir(argument):  # Path.is_dir() raises where it may not look
+            yield "-", BytesIO(sys.stdin.buffer.read() if sys.stdin else b"")  # None if closed
+        elif os.path.isdir(argument):  # Path.is_dir() raises without permission
             kinds, known = Image.registered_extensions(), formats()
             found = (f for f in path.rglob("*") if kinds.get(f.suffix.lower()) in known)
             shown = (f for f in found if not any(map(is_hidden, f.relative_to(path).parts)))
@@ -68,7 +68,7 @@ def skip(name: str, why: str, failed: list[str]) -> None:
 
 
 def readable(arguments: list[str], failed: list[str]) -> Iterator[tuple[str, np.ndarray]]:
-    """Names and pixels; what cannot be read is reported and its name goes to `failed`."""
+    """Names and pixels; files that cannot be read are reported and their names go to `failed`."""
     for name, file in named_files(arguments, failed):
         try:
             with Image.open(file, formats=formats()) as image:
@@ -80,14 +80,14 @@ def readable(arguments: list[str], failed: list[str]) -> Iterator[tuple[str, np.
 def probabilities(
     net: nn.Module, pixels: Sequence[np.ndarray], mean: Tensor, std: Tensor
 ) -> Tensor:
-    """Of each class, float32 (N, classes) on the CPU, for images uint8 (32, 32, 3)."""
+    """Class probabilities float32 (N, classes), on the CPU, of images uint8 (32, 32, 3)."""
     images = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2).to(mean.device)
     with torch.inference_mode():
         return step.forward(net, data.normalize(images, mean, std), "fp32").softmax(1).cpu()
 
 
 def classify(args: Namespace, failed: list[str]) -> None:
-    """Print what the net takes each image for; the names of those it cannot read go to `failed`."""
+    """Print the net's top classes for each image; names of unreadable ones go to `failed`."""
     device = choose_device(args.device)
     net, content = checkpoint.load_net(args.run / "model.pt")
     net.to(device, memory_format=torch.channels_last)

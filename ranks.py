@@ -1,7 +1,7 @@
 """Several processes that train one net, as torchrun starts them: what they share and exchange.
 
 Each holds the whole data set and computes its share of every batch; the gradients are averaged.
-BatchNorm normalises by each process's own share. With one process all of this is idle.
+BatchNorm normalises by each process's own share. With one process, all of this does nothing.
 """
 
 import zlib
@@ -20,7 +20,7 @@ S = TypeVar("S", range, Tensor)
 
 
 def rank() -> int:
-    """0 for the process that alone writes and prints."""
+    """This process's number; only process 0 writes and prints."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -30,12 +30,12 @@ def count() -> int:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
-    """Where torchrun started this process, be one of its group while this lasts."""
+    """If torchrun started this process, be a member of its process group while this lasts."""
     if not dist.is_torchelastic_launched():
         yield
         return
     backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
-    patience = timedelta(hours=1)  # while process 0 downloads and decodes
+    patience = timedelta(hours=1)  # for the others, while process 0 downloads and decodes
     dist.init_process_group(backend, timeout=patience, device_id=own)
     yield
     dist.destroy_process_group()
@@ -54,8 +54,8 @@ def main_first() -> Iterator[None]:
 
 
 def by_main(job: Callable[[], object]) -> None:
-    """Have process 0 do what it alone does. Where a mistake or the disk ends it, each process ends
-    with its own line."""
+    """Run `job` in process 0 only. If a user's mistake or the disk stops it, each process ends with
+    an error line of its own."""
     failed = None
     try:
         if rank() == 0:
@@ -67,8 +67,8 @@ def by_main(job: Callable[[], object]) -> None:
 
 
 def average_gradients(net: nn.Module) -> None:
-    """Over the processes, in one piece. DistributedDataParallel orders its pieces anew after its
-    first step: three processes or more, if resumed, would add up in another order."""
+    """Average gradients over the processes, in one piece. DistributedDataParallel reorders its
+    buckets after its first step: three or more processes, if resumed, would add in a new order."""
     if count() > 1:
         gradients = [p.grad for p in net.parameters() if p.grad is not None]
         mean = total(torch.cat([g.flatten() for g in gradients])) / count()
@@ -97,23 +97,23 @@ def total(tensor: Tensor) -> Tensor:
 
 
 def summed(number: int) -> int:
-    """Over the processes."""
+    """The sum of `number` over the processes."""
     on_gpus = count() > 1 and dist.get_backend() == "nccl"
     return int(total(torch.tensor(number, device="cuda" if on_gpus else "cpu")))
 
 
 def any_says(word: bool) -> bool:
-    """Whether one of the processes says so."""
+    """Whether `word` is true in any of the processes."""
     return summed(int(word)) > 0
 
 
 def differ(text: str) -> bool:
-    """Whether the processes have different texts."""
+    """Whether `text` differs between processes."""
     own = zlib.crc32(text.encode())
     return any_says(summed(own) != count() * own)
 
 
 def own_streams() -> None:
-    """From a seed that all have, give each process random streams of its own."""
+    """Give each process random streams of its own, derived from the seed that all share."""
     if rank() > 0:
         torch.manual_seed(torch.initial_seed() + rank() * 2**40)

@@ -1,4 +1,4 @@
-"""The augmentation of augment.py in albumentations, and a DataLoader around it: the reference."""
+"""The reference: the augmentation of augment.py in albumentations, and a DataLoader around it."""
 
 import atexit
 import multiprocessing
@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from augment import Policy
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else importing it asks the network
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else importing it goes online
 import albumentations as A
 import cv2
 
@@ -27,7 +27,7 @@ def compose(policy: Policy, fill: tuple[float, ...]) -> A.Compose:
     """
     transforms = []
     if policy.rgb_shift_p:
-        limits = (limit / 255 for limit in policy.rgb_shift)  # it reads ±1 and less as fractions
+        limits = (limit / 255 for limit in policy.rgb_shift)  # it reads up to ±1 as fractions
         transforms.append(A.RGBShift(*limits, p=policy.rgb_shift_p))
     if policy.brightness_contrast_p:
         transforms.append(
@@ -53,7 +53,7 @@ def compose(policy: Policy, fill: tuple[float, ...]) -> A.Compose:
 
 
 class AugmentedImages(Dataset):
-    """Images uint8 (N, 3, H, W), each augmented on its own as it is asked for, with its label."""
+    """Images uint8 (N, 3, H, W), each augmented on its own when it is fetched, with its label."""
 
     def __init__(self, images: Tensor, labels: Tensor, compose: A.Compose) -> None:
         self.images = np.ascontiguousarray(images.permute(0, 2, 3, 1).numpy())
@@ -76,7 +76,7 @@ def loader(
     mean: Tensor,
     workers: int,
 ) -> DataLoader:
-    """The images of each of `batches`: uint8 (B, 3, H, W), with labels (B,), on the host."""
+    """Augmented images of each of `batches`: uint8 (B, 3, H, W), with labels (B,), on the host."""
     fill = mean if policy.fill is None else torch.full_like(mean, policy.fill)
     transforms = compose(policy, tuple(fill.round().tolist()))
     reseed(transforms)
@@ -92,25 +92,25 @@ def loader(
 def reseed(transforms: A.Compose) -> None:
     """Give `transforms` a random stream of its own, from this process's torch seed.
 
-    `Compose.set_random_seed` would give each transform the same stream: flip and hole correlate.
+    `Compose.set_random_seed` would give each transform the same stream, correlating flip and hole.
     """
     seed = torch.initial_seed() % 2**63
     transforms.set_random_state(np.random.default_rng(seed), random.Random(seed))
 
 
 def start_worker(_number: int) -> None:
-    """Reseed a worker, which torch seeds anew in every epoch; left alone, workers draw identical
-    parameters and every epoch repeats them."""
+    """Reseed a worker's transforms from torch's seed, new in every epoch; otherwise workers draw
+    identical parameters, and every epoch repeats them."""
     reseed(torch.utils.data.get_worker_info().dataset.compose)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a job's, whose epoch ends first
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent to a whole job, which ends its epoch first
     cv2.setNumThreads(0)
 
 
 @atexit.register
 def kill_workers() -> None:
-    """Those that an error left: multiprocessing would wait for ever after a SIGTERM, which they
-    ignore."""
+    """Kill workers that an error left behind: multiprocessing would send them SIGTERM, which they
+    ignore, and wait for ever."""
     if workers := multiprocessing.active_children():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise once more
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise again
         for worker in workers:
             worker.kill()

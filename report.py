@@ -1,4 +1,4 @@
-"""What a run leaves: metrics, net, predictions, pictures and summary, each written whole."""
+"""What a run leaves behind: metrics, net, predictions, pictures, summary, each written whole."""
 
 import json
 import statistics
@@ -19,7 +19,7 @@ FILES += ("card.md", "curves.png", "augmented.png", "mistakes.png", "confusion.p
 
 
 def accuracy(logits: Tensor, labels: Tensor) -> float:
-    """The fraction of logits (N, classes) that are largest at the label (N,)."""
+    """The fraction of rows of logits (N, classes) that are largest at their label (N,)."""
     return (logits.argmax(1) == labels).sum().item() / len(labels)
 
 
@@ -42,10 +42,10 @@ def write_outcome(
     predictions: list[Tensor],
     examples: tuple[Tensor, Tensor],
 ) -> dict[str, Any]:
-    """The predictions, the net and the pictures of a trained `net`; its accuracies.
+    """Write a trained `net`, its predictions and its pictures. Returns its accuracies.
 
     `predictions` are logits (N, classes) of the test images and of their mirror images; `examples`
-    training images as the net gets them, float32 (N, 3, 32, 32), and labels.
+    are training images as the net gets them, float32 (N, 3, 32, 32), and their labels.
     """
     import plots
 
@@ -135,7 +135,7 @@ def show(summary: dict[str, Any]) -> None:
 
 
 def write_card(folder: Path, summary: dict[str, Any], flags: dict[str, Any]) -> None:
-    """The model card, `card.md`: what was trained how on what, and how good it is."""
+    """Write the model card, `card.md`: what was trained, how, on what, and how good it is."""
     shown = {k.replace("|", r"\|"): share for k, share in summary["class_accuracy"].items()}
     shares = "\n".join(f"| {name} | {share:.1%} |" for name, share in shown.items())
     given = ", ".join(f"`{key} {value}`" for key, value in flags.items() if value is not None)
@@ -172,7 +172,7 @@ Every flag that is set: {given}.
 
 
 def write_repeats(folder: Path, summaries: list[dict[str, Any]]) -> None:
-    """Mean and standard deviation over the seeds of --repeat, printed and as `summary.json`."""
+    """Print mean and standard deviation over --repeat's seeds; write them to `summary.json`."""
     result = {"seeds": [summary["seed"] for summary in summaries]}
     for key in ("final_accuracy", "best_accuracy", "flip_accuracy", "total_seconds"):
         values = [summary[key] for summary in summaries]

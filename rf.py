@@ -19,19 +19,19 @@ from graph import trace
 
 
 def receptive_field(module: nn.Module, input_shape: tuple[int, int, int] = (3, 32, 32)) -> int:
-    """Side in pixels of the theoretical receptive field, the longer one where the axes differ, of
-    the input of the global pooling.
+    """Side in pixels, the longer one if the axes differ, of the theoretical receptive field of the
+    map that enters the global pooling.
 
     For a net that pools inside, as squeeze-and-excitation does, it grows with `input_shape`. Raises
-    UserError that names the node where the graph holds an operator this cannot account for.
+    a UserError that names the node if the graph holds an operator that this cannot account for.
     """
     return max(trace(module, input_shape).receptive_field)
 
 
 def effective_receptive_field(features: nn.Module, inputs: Tensor) -> Tensor:
-    """Mean absolute gradient (H, W) of the central unit of `features`, summed over its channels, by
-    the pixels of inputs float32 (N, 3, H, W) (Luo et al. 2016, "Understanding the Effective
-    Receptive Field in Deep Convolutional Neural Networks")."""
+    """Mean absolute gradient (H, W) of the central unit of `features`, summed over its channels,
+    with respect to the pixels of inputs float32 (N, 3, H, W) (Luo et al. 2016, "Understanding the
+    Effective Receptive Field in Deep Convolutional Neural Networks")."""
     heat = torch.zeros(inputs.shape[2:])
     for batch in inputs.split(100):
         batch = batch.clone().requires_grad_()
@@ -80,8 +80,8 @@ def _sides(pair: tuple[int, int] | None) -> str:
 
 
 def show_effective(run: Path) -> None:
-    """Measure a run's net on some 1,000 of its test images, mirrored at their borders as far as the
-    theoretical field reaches, and draw it as RUN/effective_rf.png."""
+    """Measure the effective field of a run's net on some 1,000 of its test images, mirrored at the
+    borders as far as the theoretical field reaches; draw it as RUN/effective_rf.png."""
     import checkpoint
     import data
     import machine

@@ -1,4 +1,4 @@
-"""What is done to a batch: how it is prepared, the training step, the way through the net."""
+"""What is done to a batch: preparation, the forward pass, the training step."""
 
 import math
 from argparse import Namespace
@@ -15,13 +15,13 @@ from augment import Policy, apply, jitter_colours, sample, sample_colours
 from data import Dataset, normalize
 from optimise import Training
 
-Step = Callable[[Tensor, Tensor], Tensor]  # of inputs and labels, giving what train_step does
+Step = Callable[[Tensor, Tensor], Tensor]  # takes inputs and labels, returns what train_step does
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def prepared(images: Tensor, policy: Policy | None, mean: Tensor, std: Tensor) -> Tensor:
-    """Images uint8 (N, 3, H, W) as the net learns from them: float32, normalised, newly augmented
-    where there is a policy."""
+    """Images uint8 (N, 3, H, W) as the net trains on them: float32, normalised and, if there is a
+    policy, freshly augmented."""
     if policy is None:
         return normalize(images, mean, std)
     if policy.rgb_shift_p or policy.brightness_contrast_p:
@@ -39,7 +39,7 @@ def forward(net: nn.Module, inputs: Tensor, precision: str) -> Tensor:
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:
-    """Without the cache of weights, which a CUDA graph must not keep: each is used once."""
+    """Without the weight cache, which a CUDA graph must not keep; each weight is used only once."""
     enabled = precision != "fp32"
     return torch.autocast(device.type, DTYPES[precision], enabled, cache_enabled=False)
 
@@ -54,16 +54,16 @@ def train_step(
     label_smoothing: float,
     radius: float = 0.0,
 ) -> Tensor:
-    """One optimiser step; float32 (3,), left on the device: the batch's mean loss, its count of
-    right answers, and 1 where the loss scaler skipped the step because a gradient overflowed.
+    """Take one optimiser step. Returns float32 (3,), left on the device: the batch's mean loss, its
+    count of right answers, and 1 if the loss scaler skipped the step because a gradient overflowed.
 
-    With a `radius` the gradient is taken where the weights have moved so far uphill:
-    sharpness-aware minimisation (Foret et al. 2021, arxiv.org/abs/2010.01412). Which way is up, the
-    loss and the share of right answers are then of the first quarter of the batch.
+    With a `radius` the gradient is taken after moving the weights that far uphill: sharpness-aware
+    minimisation (Foret et al. 2021, arxiv.org/abs/2010.01412). The uphill direction, the loss and
+    the share of right answers then come from the first quarter of the batch.
     """
 
     def compute_gradients(count: int) -> tuple[Tensor, Tensor]:
-        optimizer.zero_grad(set_to_none=True)  # first: old gradients would keep memory in pieces
+        optimizer.zero_grad(set_to_none=True)  # first: old gradients would fragment memory
         logits = forward(net, inputs[:count], precision)
         loss = F.cross_entropy(logits, labels[:count], label_smoothing=label_smoothing)
         scaler.scale(loss).backward()
@@ -89,16 +89,16 @@ def train_step(
 
 @contextmanager
 def uphill(net: nn.Module, radius: float) -> Iterator[None]:
-    """While it lasts, the weights are moved along their gradient by `radius`, in Euclidean norm
-    over them all, and BatchNorm keeps no statistics. They are put back, bit for bit."""
+    """Within this context the weights are moved along their gradient by `radius`, in Euclidean norm
+    over them all, and BatchNorm updates no statistics. Then the weights are restored exactly."""
     weights = [p for p in net.parameters() if p.grad is not None]
     gradients = [p.grad for p in weights]
     norms = [m for m in net.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     length = nn.utils.get_total_norm(gradients).clamp(min=1e-12)
     with torch.no_grad():
-        before = torch._foreach_mul(weights, 1)  # copies: a GPU makes them all in a few launches
+        before = torch._foreach_mul(weights, 1)  # copies, on a GPU all in a few launches
         torch._foreach_add_(weights, torch._foreach_mul(gradients, radius / length))
-    del gradients  # lest they outlive the next zero_grad
+    del gradients  # or they would outlive the next zero_grad
     for norm in norms:
         norm.track_running_stats = False
     try:
@@ -111,10 +111,10 @@ def uphill(net: nn.Module, radius: float) -> Iterator[None]:
 
 
 def make_step(training: Training, dataset: Dataset, args: Namespace, radius: float = 0.0) -> Step:
-    """The step of a batch: inputs float32 (B, 3, H, W), as they are prepared, labels int64 (B,).
+    """The training step for a batch: prepared inputs float32 (B, 3, H, W), labels int64 (B,).
 
-    On one GPU it is a CUDA graph: the launches of so small a net take longer than its arithmetic.
-    fp16, whose loss scaler decides on the host, and several processes stay eager.
+    On one GPU it is a CUDA graph: so small a net's kernel launches take longer than its arithmetic.
+    With fp16, whose loss scaler decides on the host, or several processes it stays eager.
     """
     net = torch.compile(training.net, dynamic=False) if args.compile else training.net
     learner = net, training.optimizer, training.scaler
@@ -131,13 +131,13 @@ def make_step(training: Training, dataset: Dataset, args: Namespace, radius: flo
 
 def captured(step: Step, training: Training, inputs: Tensor, labels: Tensor) -> Step:
     """`step` as one CUDA graph, for batches of the size of `inputs` (PyTorch's notes on CUDA,
-    "Whole-network capture"). `training` stays as it is, but for learning rates kept on the device:
-    a graph reads them there, where it would repeat a number for ever."""
+    "Whole-network capture"). `training` is left as it was, except that learning rates are kept on
+    the device: a graph reads them there anew, but would replay a Python number for ever."""
     inputs, labels = inputs.clone(), labels.clone()
     optimizer = training.optimizer
     for group in optimizer.param_groups:
         group["lr"] = torch.tensor(float(group["lr"]), device=inputs.device)
-    for weight in training.net.parameters():  # the first step, which makes these, differs
+    for weight in training.net.parameters():  # a step that creates these differs from later ones
         optimizer.state[weight].setdefault("momentum_buffer", torch.zeros_like(weight))
     momenta = [state["momentum_buffer"] for state in optimizer.state.values()]
     changing = [*training.net.parameters(), *training.net.buffers(), *momenta]
@@ -158,12 +158,12 @@ def captured(step: Step, training: Training, inputs: Tensor, labels: Tensor) -> 
         graph.replay()
         return figures.clone()
 
-    replay.keeps = step, training  # a graph knows their memory only by its address
+    replay.keeps = step, training  # a graph by itself does not keep their memory alive
     return replay
 
 
 def warmed_up(job: Callable[[], object]) -> torch.cuda.Stream:
-    """The stream to capture `job` on, which has run there until libraries chose their ways."""
+    """The stream to capture `job` on, which ran there until libraries had chosen algorithms."""
     stream = capture_stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -175,7 +175,7 @@ def warmed_up(job: Callable[[], object]) -> torch.cuda.Stream:
 
 @cache
 def capture_stream() -> torch.cuda.Stream:
-    """One for all captures: cuBLAS keeps a workspace of 32 MiB for each stream that it has seen."""
+    """One for all captures: cuBLAS keeps a 32 MiB workspace for each stream that it has seen."""
     return torch.cuda.Stream()
 
 
@@ -183,7 +183,7 @@ def capture_stream() -> torch.cuda.Stream:
 def predict_logits(net: nn.Module, dataset: Dataset, precision: str, flip: bool = False) -> Tensor:
     """Logits float32 (N, classes) of the test images, or with `flip` of their mirror images.
 
-    Several processes share the batches and sum what each has, zero where it has nothing.
+    Several processes share the batches, then sum their logits, zero for the others' images.
     """
     net.eval()
     images = dataset.test_images

@@ -1,4 +1,4 @@
-"""Generated images of ten learnable classes, for a run without a network."""
+"""Generated images of ten learnable classes, for a run without network access."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ SHAPES += ("cross", "rows", "columns", "checks", "dots")
 
 
 def shapes(count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Images uint8 (count, 3, 32, 32) and labels int64 (count,), as many of each class: noisy
+    """Images uint8 (count, 3, 32, 32) and labels int64 (count,), equally many of each class: noisy
     SHAPES in two random colours, of random size and place, always the same for the same seed."""
     generator = torch.Generator().manual_seed(seed)
 

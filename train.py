@@ -2,8 +2,8 @@
 
     python train.py --epochs 40
 
-Nothing but the net's own arithmetic should cost time: the data set lies on the device, batches are
-indexed and augmented there, and the host reads figures once an epoch.
+Only the net's own arithmetic should cost time: the data set lies on the device, batches are indexed
+and augmented there, and the host reads the figures back once an epoch.
 """
 
 import os
@@ -56,11 +56,11 @@ from optimise import Training, make_training
 def run(
     args: Namespace, command: str, dataset: data.Dataset, start: float, way_on: str | None = None
 ) -> dict[str, Any]:
-    """Train one net from its start or checkpoint to its results: the content of `summary.json`,
-    or, in other processes than the first, its facts alone.
+    """Train one net, from scratch or its checkpoint, and write its results. Returns the content of
+    `summary.json`, or, in processes other than the first, only the run's facts.
 
-    `start` is the reading of `time.perf_counter` that total_seconds counts from; `way_on`, what to
-    say of how to go on where something stops it, if that is not to resume this very run.
+    `start` is the `time.perf_counter()` reading that total_seconds counts from; `way_on` is what to
+    say about continuing if something stops the run (default: resume this run).
     """
     if args.batch_size % ranks.count():
         raise UserError(
@@ -120,7 +120,7 @@ def run(
 def facts_of(
     net: nn.Module, dataset: data.Dataset, args: Namespace, command: str
 ) -> dict[str, Any]:
-    """What is known of a run before its first step, for its config and summary."""
+    """What is known about a run before its first step, for its config and summary."""
     trace = graph.trace(net)
     with torch.no_grad():
         logits = net.eval()(torch.zeros(1, 3, SIZE, SIZE))
@@ -147,9 +147,9 @@ def facts_of(
 
 @contextmanager
 def alone_in(folder: Path) -> Iterator[None]:
-    """Hold a run's folder, made where it is missing, against other processes that would write
-    there. Raises UserError where one does; the loader's workers of a killed one do for another five
-    seconds. Windows and some network file systems know no such locks."""
+    """Lock a run's folder, created if missing, against other processes that would write there.
+    Raises UserError if one has locked it; the DataLoader workers of a killed run keep its lock for
+    another five seconds. Windows and some network file systems have no such locks."""
     with ExitStack() as held:
 
         def hold() -> None:
@@ -174,19 +174,19 @@ def alone_in(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def ending_in_one_line(args: Namespace, device: torch.device, way_on: str) -> Iterator[None]:
-    """Has what stops a run say in one line how to go on."""
+    """Turn whatever stops a run into one line that says how to go on."""
     try:
         yield
     except (KeyboardInterrupt, Terminated) as ended:
         raise type(ended)(way_on) from ended
-    except BrokenPipeError:  # for whoever pipes the run
+    except BrokenPipeError:  # stdout's reader is gone: exit_status ends the run
         raise
     except OSError as error:  # a full disk, say
         raise UserError(f"{error}; {way_on}") from error
     except (RuntimeError, MemoryError) as error:
         if args.compile and type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
             raise UserError(f"--compile: {first_line(error)}; train without it") from error
-        if "DataLoader worker" in str(error):  # killed, say, or without shared memory
+        if "DataLoader worker" in str(error):  # killed, say, or out of shared memory
             said = str(error).strip().rpartition("\n")[2]
             raise UserError(f"--workers {args.workers}: {said}; 0 needs none: {way_on}") from error
         if not is_out_of_memory(error):
@@ -231,7 +231,7 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
 
 
 def resume(training: Training, folder: Path, dataset: data.Dataset, args: Namespace) -> None:
-    """Have `training` where the run in `folder` stopped; the run notes where its images lie now."""
+    """Restore `training` to where the run in `folder` stopped; record where its images lie now."""
     state, ours = checkpoint.load(folder / "last.pt"), identity(args)
     if state.get("run") != ours:
         raise UserError(f"--resume {folder}: last.pt and config.json are of different runs")
@@ -247,14 +247,14 @@ def resume(training: Training, folder: Path, dataset: data.Dataset, args: Namesp
 
 
 def note_source(folder: Path, dataset: data.Dataset, args: Namespace) -> None:
-    """Have a run's config say where its images lie now, and their name there."""
+    """Record in a run's config where its images lie now, and the data set's name there."""
     config = checkpoint.load_config(folder) | {"data": dataset.name}
     config["flags"] |= {"data": args.data, "data_dir": args.data_dir}
     write_config(folder, config)
 
 
 def run_all(args: Namespace, argv: list[str]) -> None:
-    """All that the flags ask for, as one of torchrun's processes where it started this one."""
+    """Do all that the flags ask for, as one of torchrun's processes if it started this one."""
     device = choose_device(args.device)
     with (
         ranks.joined(device),
@@ -282,7 +282,7 @@ def run_seeds(args: Namespace, argv: list[str], device: torch.device) -> None:
     else:
         config = checkpoint.load_config(Path(args.resume))
         refuse_other_images(config, dataset, args)
-        command = config.get("command", command)  # that began it, for whoever repeats it
+        command = config.get("command", command)  # the one that began the run
     if args.repeat == 1:
         run(args, command, dataset, start)
     else:
@@ -292,8 +292,8 @@ def run_seeds(args: Namespace, argv: list[str], device: torch.device) -> None:
 
 
 def repeat(args: Namespace, command: str, dataset: data.Dataset) -> None:
-    """A run for each seed, in folders of their own, and their mean. With --resume, those that are
-    there already are resumed."""
+    """Train one run per seed, each in its own folder, and report their mean. With --resume, runs
+    that exist already are resumed."""
     base = run_folder(args, dataset.name)
     folders = {seed: base / f"s{seed}" for seed in range(args.seed, args.seed + args.repeat)}
     if not args.resume:
@@ -318,8 +318,8 @@ def repeat(args: Namespace, command: str, dataset: data.Dataset) -> None:
 
 
 def main(argv: list[str]) -> int:
-    """The exit status: 0, 2 for a user's mistake (one line on stderr), 130 for Ctrl-C, 143 for
-    SIGTERM, which lets an epoch end and its checkpoint be written."""
+    """The exit status: 0; 2 for a user's mistake (one line on stderr); 130 for Ctrl-C; 143 for
+    SIGTERM, which takes effect after the current epoch has ended and its checkpoint is written."""
     return exit_status(lambda: run_all(parse_flags(argv), argv))
 
 

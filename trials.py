@@ -1,4 +1,4 @@
-"""Whole trainings beside each other: the nets, the recipe less one ingredient, other lengths."""
+"""Whole trainings compared: the nets, the recipe less one ingredient, other lengths."""
 
 import statistics
 from argparse import Namespace
@@ -13,7 +13,7 @@ import zoo
 from common import Terminated, UserError
 
 MAY_DIFFER = flags.MAY_CHANGE | {"out", "precision"}  # a run records the precision chosen
-INGREDIENTS = {  # the flags that leave one out of train.py's recipe
+INGREDIENTS = {  # the flags that leave each out of train.py's recipe
     "the default": [],
     "no flip": ["--flip-p", "0"],
     "no affine": ["--affine-p", "0"],
@@ -25,7 +25,7 @@ INGREDIENTS = {  # the flags that leave one out of train.py's recipe
 }
 
 
-# What is compared: each line's name, and its flags of train.py
+# What is compared: each variant's name, and its flags for train.py
 
 
 def nets(args: Namespace) -> dict[str, list[str]]:
@@ -40,7 +40,7 @@ def recipes(args: Namespace) -> dict[str, list[str]]:
 
 
 def ingredients(args: Namespace) -> dict[str, list[str]]:
-    """The default net under train.py's recipe, and under all of it but one ingredient."""
+    """The default net under train.py's recipe, and with each ingredient left out in turn."""
     return {name: ["--epochs", str(args.epochs), *less] for name, less in INGREDIENTS.items()}
 
 
@@ -50,9 +50,9 @@ def lengths(args: Namespace) -> dict[str, list[str]]:
 
 
 def train_all(variants: dict[str, list[str]], args: Namespace) -> list[dict[str, Any]]:
-    """Train each variant with `--repeat` seeds; a row of each.
+    """Train each variant with `--repeat` seeds. Returns a row for each.
 
-    The runs lie in DIR/<variant>/s<seed>; one that is there already is resumed, not repeated.
+    The runs lie in DIR/<variant>/s<seed>; one that exists already is resumed, not repeated.
     """
     rows = []
     for name, given in variants.items():
@@ -80,7 +80,7 @@ def train_one(given: list[str], folder: Path, args: Namespace) -> None:
 
 
 def refuse_another(folder: Path, wanted: dict[str, Any]) -> None:
-    """Raise UserError where the run in a folder has other flags than are wanted."""
+    """Raise UserError if the run in a folder has flags other than those wanted."""
     has = checkpoint.load_config(folder)["flags"]
     for name in wanted:
         if name not in MAY_DIFFER and has.get(name) != wanted[name]:

@@ -1,4 +1,4 @@
-"""The ways that bench.py compares: of training on a batch, and of augmenting one."""
+"""The ways of training on a batch, and of augmenting one, that bench.py compares."""
 
 from argparse import Namespace
 from collections.abc import Callable, Iterator
@@ -24,13 +24,13 @@ BATCH = 256
 
 
 def settings(net: str, batch_size: int, precision: str, *argv: str) -> Namespace:
-    """train.py's flags."""
+    """train.py's flags, parsed."""
     given = ["--net", net, "--batch-size", str(batch_size), "--precision", precision, *argv]
     return flags.parse_flags(given)
 
 
 def training(dataset: data.Dataset, args: Namespace, radius: float = 0.0) -> Way:
-    """train.py's own steps; sharpness-aware ones with a radius."""
+    """train.py's own steps, sharpness-aware if there is a radius."""
     learner = _learner(dataset, args)
     machine.be_deterministic(args.deterministic)
     take_step = step.make_step(learner, dataset, args, radius)
@@ -47,7 +47,7 @@ def training(dataset: data.Dataset, args: Namespace, radius: float = 0.0) -> Way
 
 
 def phases(dataset: data.Dataset, args: Namespace) -> Phases:
-    """One such step in five parts, the first two for all batches that are augmented at once."""
+    """Such a step in five parts, the first two for all the batches that are augmented at once."""
     device, batch = dataset.train_images.device, args.batch_size
     images = batch * epochs.batches_at_once(batch, device)
     index = torch.randint(len(dataset.train_images), (images,), device=device)
@@ -80,8 +80,8 @@ def phases(dataset: data.Dataset, args: Namespace) -> Phases:
 
 
 def layers(dataset: data.Dataset, args: Namespace, names: list[str]) -> Phases:
-    """Forward and backward of each of the net's layers by itself, on what it gets of a batch; of a
-    norm without its skip."""
+    """Forward and backward of each of the net's layers on its own, with the input that a batch
+    gives it; norms without their skip."""
     learner, batch = _learner(dataset, args), args.batch_size
     learner.net.train()
     phases: Phases = {}
@@ -113,8 +113,8 @@ def layers(dataset: data.Dataset, args: Namespace, names: list[str]) -> Phases:
 
 
 def plain_loop(dataset: data.Dataset, args: Namespace) -> Way:
-    """What one writes first around the same net, whose layers are our kernels still on a GPU: no
-    augmentation, all by default."""
+    """The loop that one writes first around the same net: no augmentation, all defaults. On a GPU
+    the net's layers still run our kernels."""
     device = dataset.train_images.device
     net = model.build(args.net, len(dataset.classes)).to(device)
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
@@ -136,8 +136,8 @@ def plain_loop(dataset: data.Dataset, args: Namespace) -> Way:
 
 def augmentations(dataset: data.Dataset, cores: int) -> dict[str, Way]:
     """Batches of uint8 images flipped, shifted, scaled, rotated, cut and normalised: by ours; by
-    albumentations image by image, on the host; by kornia; by torchvision, which draws one set of
-    parameters for a whole batch and knows no mirrored border."""
+    albumentations, image by image on the host; by kornia; by torchvision, which draws one set of
+    parameters for a whole batch and has no mirrored border."""
     device, policy, mean, std = dataset.train_images.device, Policy(), dataset.mean, dataset.std
 
     def batched(augment: Callable[[Tensor], Tensor]) -> Way:

@@ -1,7 +1,7 @@
 """Five published CIFAR-10 nets of fewer than 200,000 parameters, layer for layer; their recipes.
 
-Each net is a table of its printed rows; what the print leaves open says which choice was taken. The
-recipes hold what was published of them, as flags of train.py; the rest stays at its default.
+Each net is a table of its published rows; where they leave a choice open, the one taken is noted.
+The recipes hold what was published, as flags of train.py; the rest stays at its default.
 """
 
 from dataclasses import astuple, dataclass
@@ -14,7 +14,7 @@ NORM, RELU = "norm", "relu"
 
 @dataclass(frozen=True)
 class Conv:
-    """A convolution row: 3×3, padded by 1, without bias, unless it says otherwise."""
+    """A convolution row: by default 3×3, padded by 1, without bias."""
 
     outputs: int
     kernel: int = 3
@@ -34,7 +34,7 @@ class Drop:
 
 @dataclass(frozen=True)
 class Sum:
-    """Rows whose output is added to a shortcut's from the same input."""
+    """Rows whose output is added to that of a shortcut from the same input."""
 
     rows: list
     shortcut: list
@@ -46,7 +46,7 @@ class Linear:
 
 
 Row = str | Conv | Drop | Sum | Linear | nn.Module
-Table = list[list[Row]]  # in blocks
+Table = list[list[Row]]  # blocks of rows
 
 NRD = [NORM, RELU, Drop()]
 RND = [RELU, NORM, Drop()]
@@ -92,7 +92,7 @@ def net176k(classes: int) -> Table:
 def net190k(classes: int) -> Table:
     """190,880 parameters, receptive field 27; published: 86.10 % best, 85.46 % last of 60 epochs.
 
-    Dropout was 0.2 in the first block and 0.1 after it: the recipe's is 0.1, the first row doubles.
+    Dropout was 0.2 in the first block, then 0.1: the recipe has 0.1, which the first row doubles.
     """
     return [
         [Sum([Conv(16), Conv(32), NORM, RELU, Drop(2)], shortcut=[pointwise(32)])],  # 32×32
@@ -106,8 +106,8 @@ def net190k(classes: int) -> Table:
 def net134k(classes: int) -> Table:
     """134,722 parameters, receptive field 30; published: 85 % from epoch 43 on.
 
-    One layer is said to be dilated, no print says which. The map that shrinks from 32×32 to 30×30
-    fits dilation 2 with padding 1, or none with padding 0: the former is taken.
+    One layer is said to be dilated, but no printout says which. Where the map shrinks from 32×32 to
+    30×30, dilation 2 with padding 1 fits, as does none with padding 0: the former is taken.
     """
     halving = {"kernel": 2, "stride": 2}
     return [
@@ -126,8 +126,8 @@ def net134k(classes: int) -> Table:
 def net150k(classes: int) -> Table:
     """150,576 parameters, receptive field 91; published: 85 % in fewer than 100 epochs.
 
-    "Dilated convolution in all the blocks": the layers of stride 2, whose shapes fit with and
-    without, are dilated; undilated the receptive field would be 61, not the published 91.
+    "Dilated convolution in all the blocks": the layers of stride 2 are dilated, though their shapes
+    fit with and without; undilated the receptive field would be 61, not the published 91.
     """
     halving = {"stride": 2, "dilation": 2, "padding": 2}
     depthwise = Conv(32, groups=32, bias=True)
@@ -195,7 +195,7 @@ def _modules(rows: list[Row], channels: int, dropout: float) -> list[nn.Module]:
 
 @dataclass(frozen=True)
 class Recipe:
-    """What was published of a net's training, as flags of train.py, and a remark."""
+    """What was published about a net's training, as flags of train.py, and a remark."""
 
     flags: dict[str, Any]
     note: str = ""
@@ -206,7 +206,7 @@ TRUNCATED = (
     "truncated it to black"
 )
 RECIPES = {
-    # OneCycle and cyclic rates were both tried.
+    # Its authors tried both OneCycle and cyclic rates.
     "net136k": Recipe({"schedule": "onecycle", "dropout": 0.1, "cutout": 16}),
     "net176k": Recipe(
         {"optimizer": "sgd", "lr": 0.3, "momentum": 0.9, "schedule": "step", "dropout": 0.02}
@@ -214,15 +214,15 @@ RECIPES = {
         | {"cutout": 16, "fill": 0.4734 * 255, "sam": 0.0},
         f"{TRUNCATED}; the momentum, published as plain, is Nesterov's here",
     ),
-    # It flipped after the geometry; as all is drawn symmetrically, the images are the same.
+    # The original flipped after shift-scale-rotate; draws are symmetric, so order does not matter.
     "net190k": Recipe(
         {"batch_size": 128, "dropout": 0.1, "flip_p": 0.5}
         | {"shift": 0.05, "scale": 0.05, "rotate": 5.0, "affine_p": 0.5}
         | {"cutout": 12, "cutout_min": 1, "fill": 0.5 * 255, "cutout_p": 0.5},
         TRUNCATED,
     ),
-    # It changed the colours last, of the hole too, whose probability is not known. Brightness and
-    # contrast are the limits that albumentations takes where, as here, a call names none.
+    # The original changed colours last, the hole's too; the hole's probability is not known.
+    # Brightness and contrast are albumentations' default limits, as the published call names none.
     "net134k": Recipe(
         {"batch_size": 512, "dropout": 0.02, "flip_p": 0.1}
         | {"shift": 0.05, "scale": 0.05, "rotate": 15.0, "affine_p": 0.5}
