@@ -1,4 +1,4 @@
-"""What is measured, against what, on which device.
+"""Measure speed on a device, or train and compare nets, recipes and run lengths.
 
     python bench.py epoch | layers | kernels | augment | startup | all [--data …]
     python bench.py nets | recipes | ingredients | lengths [--epochs …] [--repeat N]
@@ -88,7 +88,7 @@ def bench_layers(args: Namespace, argv: list[str]) -> None:
         }
         for layer in layers
     ]
-    title = f"ms of each layer, batches of {batch}, {args.net} on {dataset.name}, {precision}"
+    title = f"ms per layer, batches of {batch}, {args.net} on {dataset.name}, {precision}"
     print(f"\n{title}; {device_name(device)}\n{format_layers(rows)}")
     figures = {"title": title, "data": dataset.name, "ceilings": vars(ceilings), "layers": rows}
     write(f"layers-{args.net}", device_name(device), argv, figures)
@@ -99,7 +99,7 @@ def format_layers(rows: list[dict[str, Any]]) -> str:
     width = max(len(row["name"]) for row in rows)
     lines = [
         f"{'layer':<{width}} {'kind':<11} {'output':>9} {'groups':>6} "
-        f"{'forward':>8} {'backward':>8} {'floor':>8}  to it"
+        f"{'forward':>8} {'backward':>8} {'floor':>8}  × floor"
     ]
     for row in rows:
         *taken, floor = (1000 * row[f"{part}_seconds"] for part in ("forward", "backward", "floor"))
@@ -121,12 +121,12 @@ def bench_kernels(args: Namespace, argv: list[str]) -> None:
     seconds = 1 / measure.rates({"ours": way}, device, warm_up=2, count=count)["ours"]
     steps = way()
     rows = measure.kernels(lambda: next(steps), device, rounds=16)
-    title = f"kernels of a step, a batch of {batch}, {args.net} on {dataset.name}, {precision}"
-    print(f"\n{title}; {device_name(device)}\n       µs  times")
+    title = f"kernels of one step, batch of {batch}, {args.net} on {dataset.name}, {precision}"
+    print(f"\n{title}; {device_name(device)}\n       µs  count")
     for row in rows[:40]:
         print(f"{1e6 * row['seconds']:9.1f} {row['count']:6.1f}  {row['name'][:62]}")
     total = sum(row["seconds"] for row in rows)
-    print(f"{1e6 * total:9.1f}         in all, of {1e6 * seconds:.1f} that a step takes")
+    print(f"{1e6 * total:9.1f}         in total; a step takes {1e6 * seconds:.1f} µs")
     figures = {"title": title, "data": dataset.name, "step_seconds": seconds, "kernels": rows}
     write(f"kernels-{args.net}", device_name(device), argv, figures)
 
@@ -197,7 +197,7 @@ def epoch_ways(dataset: data.Dataset, net: str, precision: str) -> dict[str, flo
 def format_rows(rows: list[dict[str, Any]]) -> str:
     """In seconds an epoch, and relative to the floor."""
     names = ["epoch", *rows[0]["phases_seconds"], "floor"]
-    lines = ["batch " + " ".join(f"{name:>7}" for name in names) + "   to it    memory"]
+    lines = ["batch " + " ".join(f"{name:>7}" for name in names) + " × floor    memory"]
     for row in rows:
         epoch, phases, floor = (row[f"{n}_seconds"] for n in ("epoch", "phases", "floor"))
         columns = zip(names, [epoch, *phases.values(), floor], strict=True)
@@ -227,11 +227,11 @@ def bench_augment(args: Namespace, argv: list[str]) -> None:
     every = ways.augmentations(dataset, CORES)
     rates = measure.rates(every, device, warm_up=2 * CORES + 2, count=count)
     rates = {name: rate * ways.BATCH for name, rate in rates.items()}
-    title = f"images augmented a second, {dataset.name}, batches of {ways.BATCH}"
+    title = f"images augmented per second, {dataset.name}, batches of {ways.BATCH}"
     width, first = max(map(len, rates)), next(iter(rates.values()))
     print(f"\n{title}; {device_name(device)}")
     for name, rate in rates.items():
-        print(f"{name:<{width}} {rate:12,.0f} images/s {first / rate:6.1f} × ours")
+        print(f"{name:<{width}} {rate:12,.0f} images/s {first / rate:6.1f} × our time")
     figures = {"title": title, "data": dataset.name, "images_per_second": rates}
     write("augment", device_name(device), argv, figures)
 
@@ -303,12 +303,12 @@ def main(argv: list[str]) -> int:
             command.add_argument("--device", choices=DEVICES, default="auto")
             return command
 
-        epoch = add("epoch", bench_epoch, "an epoch, its phases, and other ways of it")
-        layers = add("layers", bench_layers, "each layer, forward and backward, beside its floor")
-        kernels = add("kernels", bench_kernels, "what a step is made of, by time")
-        add("augment", bench_augment, "images augmented a second, in several ways")
-        startup = add("startup", bench_startup, "from a process's start to its first step and end")
-        everything = add("all", bench_all, "all of these")
+        epoch = add("epoch", bench_epoch, "time an epoch, its phases and the alternatives")
+        layers = add("layers", bench_layers, "time each layer against its floor")
+        kernels = add("kernels", bench_kernels, "list a step's kernels by time")
+        add("augment", bench_augment, "images augmented per second, by ours and other libraries")
+        startup = add("startup", bench_startup, "time from process start to first step and end")
+        everything = add("all", bench_all, "all of the above")
         for command in (epoch, layers, kernels, startup, everything):
             command.add_argument("--net", choices=model.NETS, default="atrous")
         for command in (epoch, everything):
@@ -318,16 +318,18 @@ def main(argv: list[str]) -> int:
         several: dict[str, Any] = {"nargs": "+", "default": [8, 15, 40, 100]}
         for variants, epochs, text in (
             (trials.nets, {"default": 40}, "train the default net and the published ones"),
-            (trials.recipes, {"default": 40}, "the same, each under its own recipe"),
-            (trials.ingredients, {"default": 40}, "train with all of the recipe but one part"),
-            (trials.lengths, several, "train for so many epochs each"),
+            (trials.recipes, {"default": 40}, "the same, each with its own recipe"),
+            (trials.ingredients, {"default": 40}, "leave out one part of the recipe at a time"),
+            (trials.lengths, several, "train for each number of --epochs"),
         ):
             name = variants.__name__
             command = add(name, bench_trainings, text)
             command.set_defaults(variants=variants)
             command.add_argument("--epochs", type=count, **epochs)
-            command.add_argument("--repeat", type=count, default=1, help="so many seeds each")
-            command.add_argument("--out", metavar="DIR", default=f"runs/{name}", help="of the runs")
+            command.add_argument("--repeat", type=count, default=1, help="seeds for each")
+            command.add_argument(
+                "--out", metavar="DIR", default=f"runs/{name}", help="folder for the runs"
+            )
         args = parser.parse_args(argv)
         keep_freed_memory()
         args.bench(args, argv)

@@ -34,13 +34,13 @@ def load(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise _missing(path) from error
     except Exception as error:  # a damaged file can fail in any way
-        raise UserError(f"{path} is no whole checkpoint of atrous: {first_line(error)}") from error
+        raise UserError(f"{path} is not a valid atrous checkpoint: {first_line(error)}") from error
     if not isinstance(content, dict) or not isinstance(content.get("format"), int):
-        raise UserError(f"{path} is no checkpoint of atrous")
+        raise UserError(f"{path} is not an atrous checkpoint")
     if content["format"] != FORMAT:
         other = "a newer" if content["format"] > FORMAT else "an older"
         raise UserError(
-            f"{path} has format {content['format']}, of {other} atrous than this: use that"
+            f"{path} has format {content['format']}, from {other} version of atrous: use that one"
         )
     return content
 
@@ -58,7 +58,8 @@ def load_net(path: Path) -> tuple[nn.Module, dict[str, Any]]:
             raise KeyError(", ".join(sorted(missing)))
     except (UserError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(
-            f"{path} holds no net of this atrous: {first_line(error)}; use the one that wrote it"
+            f"{path} cannot be loaded by this version of atrous: {first_line(error)}; "
+            "use the version that wrote it"
         ) from error
     return net.eval(), content
 
@@ -88,9 +89,9 @@ def load_data(run: Path) -> data.Dataset:
     except UserError as error:
         raise UserError(f"{error}; {moved}") from error
     if dataset.name != name:
-        raise UserError(f"{run}: its --data {source} is {dataset.name} here, not {name}; {moved}")
+        raise UserError(f"{run}: --data {source} now means {dataset.name}, not {name}; {moved}")
     if images != dataset.checksum:
-        raise UserError(f"{run}: {name} has other images or classes by now; {moved}")
+        raise UserError(f"{run}: the images or classes of {name} have changed; {moved}")
     return dataset
 
 
@@ -124,10 +125,10 @@ def _missing(path: Path) -> UserError:
     """The error for a missing file: the run may not have ended, or its folder hold several runs."""
     run = path.parent
     if run.is_file():
-        return UserError(f"{run} is a file; name the folder of its run, {run.parent}")
+        return UserError(f"{run} is a file; give its run folder instead: {run.parent}")
     if seeds := sorted(run.glob("s[0-9]*")):
-        return UserError(f"{path} is not there; of --repeat's runs take one, as {seeds[0]}")
+        return UserError(f"{path} does not exist; give one of --repeat's runs, such as {seeds[0]}")
     if (run / "config.json").exists() and not (run / "summary.json").exists():
-        way = going_on(run, "with it")
-        return UserError(f"{path} is not there, as the run has not ended: train.py {way}")
-    return UserError(f"{path} is not there")
+        way = going_on(run, "it")
+        return UserError(f"{path} does not exist because the run has not finished: train.py {way}")
+    return UserError(f"{path} does not exist")

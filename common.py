@@ -25,9 +25,9 @@ class Terminated(BaseException):
     """SIGTERM came. A BaseException, as KeyboardInterrupt is: no `except Exception` catches it."""
 
 
-def going_on(folder: Path, how: str = "after the last line") -> str:
+def going_on(folder: Path, how: str = "after the last finished epoch") -> str:
     """How to continue an interrupted run."""
-    return f"--resume {shlex.quote(str(folder))} goes on {how}"
+    return f"--resume {shlex.quote(str(folder))} continues {how}"
 
 
 def require(*packages: str) -> None:
@@ -68,7 +68,7 @@ def exit_status(job: Callable[[], None]) -> int:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        print("error: out of memory: free some, or take another device", file=sys.stderr)
+        print("error: out of memory: free some memory or use another device", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
         print(f"interrupted: {interrupt}".rstrip(": "), file=sys.stderr)

@@ -77,7 +77,7 @@ def load(
             raise UserError(f"--train-images and --holdout leave no training image of {lost}")
     mean, std = _channel_statistics(images)
     if not bool((std > 0).all()):
-        raise UserError(f"--data {source}: a colour channel has one value throughout; give others")
+        raise UserError(f"--data {source}: a colour channel is constant; use other images")
     tensors = [t.to(device) for t in (images, labels, *splits["test"], mean, std)]
     return Dataset(name, classes, *tensors)
 
@@ -111,7 +111,7 @@ def _read(source: str, data_dir: Path) -> tuple[str, list[str], Splits]:
     path = Path(source)
     if not (path.is_dir() or path.is_file()):  # not a pipe, say, which may never end
         raise UserError(
-            f"--data {source}: neither auto, cifar10 or synthetic nor a folder or archive"
+            f"--data {source}: no such folder or archive, and not auto, cifar10 or synthetic"
         )
     return image_files.read(path)
 
@@ -155,7 +155,7 @@ def _cifar10(data_dir: Path) -> tuple[str, list[str], Splits]:
             part = CIFAR10(data_dir, train=split == "train", download=False)
         except Exception as error:  # a pickle can fail in any way
             raise UserError(
-                f"{data_dir / CIFAR10.base_folder} is not a whole CIFAR-10 ({error}): "
+                f"{data_dir / CIFAR10.base_folder} is an incomplete or damaged CIFAR-10 ({error}): "
                 "delete that folder to download it again"
             ) from error
         images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
@@ -170,7 +170,7 @@ def _fetch_cifar10(data_dir: Path) -> None:
 
     archive = data_dir / CIFAR10.filename
     if archive.exists() and not check_integrity(archive, CIFAR10.tgz_md5):
-        raise UserError(f"{archive} has a wrong MD5 sum: delete it to download it again")
+        raise UserError(f"{archive} has the wrong MD5 sum: delete it to download it again")
     timeout = socket.getdefaulttimeout()
     socket.setdefaulttimeout(NETWORK_TIMEOUT)
     try:
@@ -182,11 +182,11 @@ def _fetch_cifar10(data_dir: Path) -> None:
                 CIFAR10(folder, download=True)
             (Path(folder) / CIFAR10.base_folder).replace(data_dir / CIFAR10.base_folder)
     except RuntimeError as error:  # what torchvision raises for a wrong MD5 sum
-        raise UserError(f"the download of CIFAR-10 is damaged ({error}): try again") from error
+        raise UserError(f"the CIFAR-10 download is damaged ({error}): try again") from error
     except NETWORK_ERRORS:
         raise
     except OSError as error:
         if not (data_dir / CIFAR10.base_folder).exists():  # another run may have been faster
-            raise UserError(f"--data-dir {data_dir} cannot be written: {error}") from error
+            raise UserError(f"--data-dir {data_dir} cannot be written to: {error}") from error
     finally:
         socket.setdefaulttimeout(timeout)

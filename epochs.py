@@ -22,7 +22,7 @@ from common import Terminated, UserError, noting_sigterm
 from flags import identity, policy_of
 from optimise import Training
 
-CALMER = "begin anew in another --out, with a lower --lr or --precision fp32"
+CALMER = "start again in another --out, with a lower --lr or --precision fp32"
 
 
 def training_batches(dataset: data.Dataset, args: Namespace) -> Iterator[tuple[Tensor, Tensor]]:

@@ -186,8 +186,8 @@ def export(run: Path, int8: bool) -> None:
         expected = classifier(torch.from_numpy(some)).numpy()
     difference = np.abs(in_batches(session(blob), some) - expected).max()
     if not difference <= TOLERANCE:
-        raise UserError(f"onnxruntime differs from PyTorch by {difference:.1e}: nothing is written")
-    print(f"{len(some):,} images tested on: at most {difference:.1e} from PyTorch's probabilities")
+        raise UserError(f"onnxruntime differs from PyTorch by {difference:.1e}: nothing written")
+    print(f"{len(some):,} test images: probabilities within {difference:.1e} of PyTorch's")
     models = {"model.onnx": blob}
     if int8:
         models["model.int8.onnx"] = to_int8(blob, drawn(dataset.train_images.numpy()))
@@ -199,8 +199,8 @@ def export(run: Path, int8: bool) -> None:
         alone, together = median_seconds(classify, batch[:1]), median_seconds(classify, batch)
         print(
             f"{run / name}: {len(model) / 1000:.0f} kB\n"
-            f"  {right.mean():.2%} of the {len(images):,} images of {dataset.name} tested on\n"
-            f"  on one CPU core {1000 * alone:.1f} ms for one image, "
+            f"  {right.mean():.2%} accuracy on the {len(images):,} test images of {dataset.name}\n"
+            f"  one CPU core: {1000 * alone:.1f} ms for one image, "
             f"{len(batch) / together:,.0f} images/s in batches of {len(batch)}"
         )
 
@@ -214,9 +214,9 @@ def main(argv: list[str]) -> int:
     """The exit status: 0, or 2 for a user's mistake."""
 
     def job() -> None:
-        parser = Parser(prog="export.py", description="Carry a trained net to ONNX.")
-        parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
-        parser.add_argument("--int8", action="store_true", help="a quantised one too")
+        parser = Parser(prog="export.py", description="Export a trained net to ONNX.")
+        parser.add_argument("run", metavar="RUN", type=Path, help="run folder")
+        parser.add_argument("--int8", action="store_true", help="write a quantised int8 model too")
         args = parser.parse_args(argv)
         export(args.run, args.int8)
 

@@ -26,8 +26,8 @@ def number(kind: type, low: float, high: float = math.inf, above: bool = False) 
             raise argparse.ArgumentTypeError(f"{text} is not finite")
         if not low <= value <= high or (above and value == low):
             bounds = f"above {low}" if above else f"at least {low}"
-            limit = "" if high == math.inf else f", at most {high}"
-            raise argparse.ArgumentTypeError(f"{text} is not {bounds}{limit}")
+            limit = "" if high == math.inf else f" and at most {high}"
+            raise argparse.ArgumentTypeError(f"{text} must be {bounds}{limit}")
         return value
 
     parse.__name__ = kind.__name__
@@ -39,70 +39,73 @@ def make_parser() -> Parser:
         prog="train.py",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        description="Train a CIFAR-10 net of fewer than 200,000 parameters.",
+        description="Train a CIFAR-10 net with fewer than 200,000 parameters.",
     )
     count, share = number(int, 1, 10**9), number(float, 0, 1)
     largest = 1e30  # still a float32 after Muon's factors
     flag = parser.add_argument_group("data").add_argument
     flag("--data", default="auto", help="auto, cifar10, synthetic, or a folder or archive")
-    flag("--data-dir", default="data", help="where CIFAR-10 lies or is downloaded to")
-    flag("--train-images", type=count, help="train on a class-balanced subset of so many")
-    flag("--holdout", type=number(int, 0), default=0, help="test on so many training images")
+    flag("--data-dir", default="data", help="where CIFAR-10 is stored or downloaded to")
+    flag("--train-images", type=count, help="train on a class-balanced subset of this size")
+    flag("--holdout", type=number(int, 0), default=0, help="test on this many training images")
 
     flag = parser.add_argument_group("net").add_argument
-    flag("--net", default="atrous", choices=model.NETS, help="atrous, or a published one")
-    flag("--dropout", type=number(float, 0, 0.99), default=0.0, help="share of what is set to 0")
+    flag("--net", default="atrous", choices=model.NETS, help="atrous or a published net")
+    flag("--dropout", type=number(float, 0, 0.99), default=0.0, help="dropout probability")
 
     flag = parser.add_argument_group("training").add_argument
-    flag("--recipe", choices=zoo.RECIPES, help="a published net's; flags given beside it win")
+    flag("--recipe", choices=zoo.RECIPES, help="a published net's recipe; your flags override it")
     flag("--epochs", type=count, default=40, help="passes over the training images")
-    flag("--batch-size", type=count, default=256, help="images a step, of all processes")
-    flag("--optimizer", choices=("muon", "sgd"), default="muon", help="muon: for dense and 1×1")
+    flag("--batch-size", type=count, default=256, help="images per step, over all processes")
+    flag(
+        "--optimizer",
+        choices=("muon", "sgd"),
+        default="muon",
+        help="muon: for dense and 1×1 convolutions, SGD for the rest",
+    )
     rate = number(float, 0, largest, above=True)
-    flag("--lr", type=rate, default=0.4, help="SGD's largest; Muon's: 1/10")
+    flag("--lr", type=rate, default=0.4, help="SGD's peak; Muon's: 1/10")
     schedules = ("onecycle", "cyclic", "step")
-    flag("--schedule", choices=schedules, default="onecycle", help="of the learning rate")
-    flag("--momentum", type=number(float, 0, 0.999), default=0.9, help="Nesterov's")
-    flag("--weight-decay", type=number(float, 0, largest), default=5e-4, help="Muon's: × 200")
+    flag("--schedule", choices=schedules, default="onecycle", help="learning rate schedule")
+    flag("--momentum", type=number(float, 0, 0.999), default=0.9, help="Nesterov momentum")
+    flag("--weight-decay", type=number(float, 0, largest), default=5e-4, help="SGD's; Muon's: ×200")
     flag("--label-smoothing", type=share, default=0.0, help="share spread over all classes")
-    flag("--sam", type=number(float, 0), default=0.1, help="radius in the last quarter of epochs")
+    flag("--sam", type=number(float, 0), default=0.1, help="SAM radius, last quarter of epochs")
     some = number(float, 0, 1, above=True)
-    flag("--target", type=some, help="report when test accuracy reached this fraction")
+    flag("--target", type=some, help="report when test accuracy first reaches this fraction")
 
     flag = parser.add_argument_group("augmentation").add_argument
     ways = ("device", "albumentations", "none")
-    flag("--augment", choices=ways, default="device", help="albumentations: by a DataLoader")
-    flag("--workers", type=number(int, 0, 256), default=2, help="of --augment albumentations")
-    flag("--flip-p", type=share, help="share of the images flipped")
-    flag("--shift", type=share, help="limit, fraction of the width")
-    flag("--scale", type=number(float, 0, 0.9), help="limit, x and y apart")
-    flag("--rotate", type=number(float, 0, 180), help="limit, degrees")
-    flag("--affine-p", type=share, help="share shifted, scaled, rotated")
+    flag("--augment", choices=ways, default="device", help="albumentations: in a DataLoader")
+    flag("--workers", type=number(int, 0, 256), default=2, help="for --augment albumentations")
+    flag("--flip-p", type=share, help="probability of a flip")
+    flag("--shift", type=share, help="shift limit, fraction of the width")
+    flag("--scale", type=number(float, 0, 0.9), help="largest change, x and y drawn independently")
+    flag("--rotate", type=number(float, 0, 180), help="largest angle, degrees")
+    flag("--affine-p", type=share, help="probability of shift, scale and rotation")
     flag("--border", choices=BORDERS, help="what lies outside an image")
-    flag("--cutout", type=number(int, 0, SIZE), help="largest side, pixels")
-    flag("--cutout-min", type=number(int, 1), help="smallest side; None: the largest")
-    flag("--cutout-p", type=share, help="share with a hole")
+    flag("--cutout", type=number(int, 0, SIZE), help="largest side of the hole, pixels")
+    flag("--cutout-min", type=number(int, 1), help="smallest side; None: same as --cutout")
+    flag("--cutout-p", type=share, help="probability of a hole")
     level = number(float, 0, 255)
-    flag("--fill", type=level, help="level of hole and constant border; None: the images' mean")
-    flag("--rgb-shift", type=level, nargs=3, help="limits, levels")
-    flag("--rgb-shift-p", type=share, help="share with shifted colours")
-    flag("--brightness", type=share, help="limit, fraction of 255")
-    flag("--contrast", type=share, help="limit of the factor's change")
-    flag("--brightness-contrast-p", type=share, help="share with both changed")
+    flag("--fill", type=level, help="level of hole and constant border; None: the training mean")
+    flag("--rgb-shift", type=level, nargs=3, help="largest shift of each channel, levels")
+    flag("--rgb-shift-p", type=share, help="probability of an RGB shift")
+    flag("--brightness", type=share, help="largest change, fraction of 255")
+    flag("--contrast", type=share, help="largest change of the contrast factor")
+    flag("--brightness-contrast-p", type=share, help="probability of changing both")
     parser.set_defaults(**vars(Policy()) | {"rgb_shift": list(Policy.rgb_shift)})
 
     flag = parser.add_argument_group("run").add_argument
-    flag("--device", choices=DEVICES, default="auto", help="auto: the best there is")
-    flag("--precision", choices=("auto", *step.DTYPES), default="auto", help="of the arithmetic")
-    flag("--deterministic", action="store_true", help="the same bits again, on a GPU too; slower")
-    flag("--eager", action="store_true", help="no CUDA graph: each operation launched by itself")
-    flag("--compile", action="store_true", help="the net through torch.compile; slow to start")
-    flag("--seed", type=number(int, 0, 2**31), default=0, help="of weights, order and draws")
-    flag(
-        "--repeat", type=number(int, 1, 1000), default=1, help="so many seeds, in DIR/s0, DIR/s1, …"
-    )
-    flag("--out", metavar="DIR", help="the run folder; None: runs/<net>-<data>-s<seed>")
-    flag("--resume", metavar="DIR", help="go on with the run in DIR, with its own flags")
+    flag("--device", choices=DEVICES, default="auto", help="auto: the best available")
+    flag("--precision", choices=("auto", *step.DTYPES), default="auto", help="auto: set by device")
+    flag("--deterministic", action="store_true", help="bit-identical runs on a GPU too; slower")
+    flag("--eager", action="store_true", help="no CUDA graph: launch each operation separately")
+    flag("--compile", action="store_true", help="use torch.compile; slow to start")
+    flag("--seed", type=number(int, 0, 2**31), default=0, help="for weights, image order and draws")
+    flag("--repeat", type=number(int, 1, 1000), default=1, help="seeds to train: DIR/s0, DIR/s1, …")
+    flag("--out", metavar="DIR", help="run folder; None: runs/<net>-<data>-s<seed>")
+    flag("--resume", metavar="DIR", help="continue the run in DIR, with its own flags")
     return parser
 
 
@@ -122,7 +125,7 @@ def parse_flags(argv: list[str]) -> Namespace:
     """The flags; with --resume, the run's own, of which only those in MAY_CHANGE may be changed."""
     for text in argv:
         if not text.isprintable():
-            raise UserError(f"{text!a} has characters that cannot be printed; rename it")
+            raise UserError(f"{text!a} has unprintable characters; rename it")
     parser = make_parser()
     args = parser.parse_args(argv)
     if args.resume is None:
@@ -136,7 +139,7 @@ def parse_flags(argv: list[str]) -> Namespace:
             given = [name for name in on if vars(args)[name] != parser.get_default(name)]
             if given and (share not in on or on == [share]):
                 missing = limits[0] if on == [share] else share
-                raise UserError(f"{option(given[0])} changes no image: give {option(missing)} too")
+                raise UserError(f"{option(given[0])} does nothing alone: set {option(missing)} too")
         return args
     flags = flags_of_run(Path(args.resume), parser)
     parser.set_defaults(**flags)
@@ -152,7 +155,10 @@ def flags_of_run(run: Path, parser: Parser) -> dict[str, Any]:
     flags = checkpoint.load_config(run)["flags"]
     if other := flags.keys() ^ vars(parser.parse_args([])).keys():
         names = ", ".join(sorted(other))
-        raise UserError(f"{run / 'config.json'} is of another atrous, for its {names}: use that")
+        raise UserError(
+            f"{run / 'config.json'} is from another version of atrous (flags differ: {names}): "
+            "use that one"
+        )
     try:
         parsed = vars(parser.parse_args(spelled(flags)))
         for name, value in flags.items():

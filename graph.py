@@ -32,7 +32,7 @@ POINTWISE_NAMES = {
     *("contiguous", "clone", "detach", "float", "half", "bfloat16", "to", "type"),
 }
 VIEWS = {"getitem", "chunk", "split", "contiguous", "detach", "to", "type", "float"}
-UNTRUE = "its graph computes something else, as where `x += …` changes a tensor with a second name"
+UNTRUE = "its graph computes something else, for example where `x += …` changes a shared tensor"
 REDUCTIONS = {"mean", "sum", "amax", "amin"}
 ON_CHANNELS = {"cat": 1, "chunk": 2, "split": 2}  # the position of their argument `dim`
 POOLING_ARGUMENTS = ("input", "kernel_size", "stride", "padding", "dilation")
@@ -317,5 +317,5 @@ def _pair(value: int | tuple[int, ...]) -> tuple[int, int]:
 
 def _unaccounted(node: fx.Node, target: Any) -> UserError:
     return UserError(
-        f"receptive field: node {node.name} ({node.op} {_name(target)}) is not accounted for"
+        f"receptive field: node {node.name} ({node.op} {_name(target)}) is not supported"
     )

@@ -69,7 +69,7 @@ def _cache_home() -> Path:
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     except RuntimeError as error:  # a user without a name, as in a container
-        raise UserError("no home folder for decoded images: set XDG_CACHE_HOME") from error
+        raise UserError("no home folder to cache decoded images in: set XDG_CACHE_HOME") from error
 
 
 def _fingerprint(path: Path) -> str:
@@ -95,23 +95,23 @@ def _decode(path: Path) -> tuple[list[str], Splits]:
         if len(inner) != 2 or ".." in inner:
             raise UserError(f"--data {path}: {name} is not of the form {split}/<class>/<image>")
         if not inner[0].isprintable():
-            raise UserError(f"--data {path}: {name!a} has a class without a readable name")
+            raise UserError(f"--data {path}: {name!a} has an unprintable class name; rename it")
         if tuple(inner) in decoded[split]:
-            raise UserError(f"--data {path}: {name} is there twice")
+            raise UserError(f"--data {path}: {name} appears twice")
         decoded[split][tuple(inner)] = _pixels(path, name, blob)
         if sum(map(len, decoded.values())) > MAX_IMAGES:
             raise UserError(f"--data {path}: more than {MAX_IMAGES:,} images")
     for split, images in decoded.items():
         if not images:
-            raise UserError(f"--data {path}: no images in {split}/<class>/ at its top")
+            raise UserError(f"--data {path}: no images in {split}/<class>/ at its top level")
     classes, test_classes = (sorted({c for c, _ in decoded[s]}) for s in ("train", "test"))
     if classes != test_classes:
         raise UserError(
-            f"--data {path}: train/ and test/ differ in the classes "
+            f"--data {path}: classes missing from train/ or test/: "
             f"{', '.join(sorted(set(classes) ^ set(test_classes)))}"
         )
     if len(classes) < 2:
-        raise UserError(f"--data {path}: only the class {classes[0]}; at least two are needed")
+        raise UserError(f"--data {path}: only one class, {classes[0]}; at least two are needed")
     number, splits = {name: index for index, name in enumerate(classes)}, {}
     for split, images in decoded.items():
         names = sorted(images)
@@ -137,14 +137,14 @@ def _pixels(path: Path, name: str, blob: bytes) -> np.ndarray:
         raise
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and others
         raise UserError(
-            f"--data {path}: {name} is no whole PNG or JPEG image: {why_unreadable(error)}"
+            f"--data {path}: {name} is not a valid PNG or JPEG image: {why_unreadable(error)}"
         ) from error
 
 
 def why_unreadable(error: Exception) -> str:
     """Pillow's reason, on one line; for an unknown format its own would name a memory address."""
     unknown = isinstance(error, UnidentifiedImageError)
-    return "of no known format" if unknown else " ".join(str(error).split())
+    return "unknown image format" if unknown else " ".join(str(error).split())
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -200,7 +200,7 @@ def _folder_members(path: Path) -> Iterator[tuple[str, bytes]]:
         name = file.relative_to(path).as_posix()
         try:
             if not file.is_file():
-                raise UserError(f"--data {path}: {name} is no file")
+                raise UserError(f"--data {path}: {name} is not a regular file")
             if file.stat().st_size > MAX_FILE_BYTES:
                 raise UserError(f"--data {path}: {name} is too large for a {SIZE}×{SIZE} image")
             yield name, file.read_bytes()
@@ -230,13 +230,13 @@ class _StrictTarInfo(tarfile.TarInfo):
             raise tarfile.ReadError(f"damaged or cut off: {error}") from error
 
     def _refuse(self, *_: object) -> NoReturn:
-        raise tarfile.ReadError("a sparse file")
+        raise tarfile.ReadError("sparse files are not supported")
 
     _proc_sparse = _proc_gnusparse_10 = _refuse
 
 
 def _archive_members(path: Path) -> Iterator[tuple[str, bytes]]:
-    last = "its beginning"
+    last = "nothing"
     try:
         with tarfile.open(path, tarinfo=_StrictTarInfo) as archive:
             for member in archive:
@@ -261,13 +261,13 @@ def _archive_members(path: Path) -> Iterator[tuple[str, bytes]]:
                 yield last, blob
             while rest := archive.fileobj.read(1 << 20):  # up to the checksums of gzip and xz
                 if rest.strip(b"\0"):
-                    raise tarfile.ReadError("there is more after its end")
+                    raise tarfile.ReadError("there is data after its end")
                 if archive.fileobj.tell() > MAX_ARCHIVE_BYTES:
                     raise UserError(f"--data {path}: unpacks to over {MAX_ARCHIVE_BYTES >> 30} GiB")
     except UserError:
         raise
     except Exception as error:  # tarfile, gzip, zlib and lzma each have errors of their own
         raise UserError(
-            f"--data {path} is no whole .tar, .tar.gz or .tar.xz archive "
+            f"--data {path} is not a valid .tar, .tar.gz or .tar.xz archive "
             f"(last read: {last}): {first_line(error)}"
         ) from error

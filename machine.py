@@ -32,13 +32,13 @@ def choose_device(name: str) -> torch.device:
     if name == "auto":
         name = next(kind for kind, there in available.items() if there)
     if not available[name]:
-        raise UserError(f"--device {name}: not available here; --device cpu always is")
+        raise UserError(f"--device {name}: not available here; use --device cpu")
     if name != "cuda":
         return torch.device(name)
     number = int(os.environ.get("LOCAL_RANK", 0))  # set by torchrun: a GPU for each process
     if number >= torch.cuda.device_count():
         raise UserError(
-            f"--device cuda: GPUs here: {torch.cuda.device_count()}; start no more processes"
+            f"--device cuda: more processes than GPUs ({torch.cuda.device_count()}); start fewer"
         )
     torch.cuda.set_device(number)
     return torch.device(name, number)
@@ -67,7 +67,7 @@ def choose_precision(name: str, device: torch.device) -> str:
     if device.type == "cuda":
         best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         if name == "bf16" != best:
-            raise UserError("--precision bf16: this GPU has none; take fp16 or fp32")
+            raise UserError("--precision bf16: this GPU does not support it; use fp16 or fp32")
         return best if name == "auto" else name
     if name != "auto":
         return name
@@ -95,7 +95,7 @@ def _kernels_on(device: torch.device) -> ModuleType | None:
             raise
         print(
             f"warning: Triton cannot compile here: {first_line(error)}; "
-            "training goes on by PyTorch's own kernels, more slowly",
+            "training continues with PyTorch's own kernels, more slowly",
             file=sys.stderr,
         )
         return None

@@ -18,7 +18,7 @@ def build(name: str, num_classes: int, dropout: float = 0.0) -> nn.Module:
         return atrous(num_classes, dropout)
     if name in zoo.TABLES:
         return zoo.build(name, num_classes, dropout)
-    raise UserError(f"--net {name}: no line of model.py's build makes it")
+    raise UserError(f"--net {name}: build() in model.py has no line for it")
 
 
 def conv(inputs: int, outputs: int, kernel: int, **options: int) -> nn.Conv2d:

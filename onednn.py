@@ -106,7 +106,7 @@ def precisely(
 
     def widened(kept: Tensor) -> Tensor:
         if kept is x and x._version != version:  # PyTorch's own check does not see x here
-            raise RuntimeError("a convolution's input was changed in place before its backward")
+            raise RuntimeError("a convolution's input changed in place before its backward pass")
         return kept.float()
 
     with (

@@ -93,8 +93,8 @@ def mistakes(
     captions = [
         f"{names[labels[i]]}\nas {names[predicted[i]]} ({confidence[i]:.0%})" for i in wrong[:32]
     ]
-    title = f"{len(wrong):,} of {len(labels):,} test images are misclassified; the surest of them:"
-    title += " true class, as predicted (probability)"
+    title = f"{len(wrong):,} of {len(labels):,} test images misclassified; the most confident ones:"
+    title += " true class, then predicted class (probability)"
     image_grid(path, images[wrong[:32]], captions, title)
 
 
@@ -166,7 +166,7 @@ def comparison(path: Path, histories: dict[str, list[dict[str, Any]]]) -> None:
     left.set_xlabel("epoch")
     left.set_ylabel("test accuracy, %")
     left.xaxis.get_major_locator().set_params(integer=True)
-    right.set_xlabel("seconds of training, evaluation left out")
+    right.set_xlabel("seconds of training, without evaluation")
     left.legend(loc="lower right", fontsize=7)
     _save(figure, path)
 
@@ -208,7 +208,7 @@ def effective_field(
     axes.set_ylabel("y, pixels of the image")
     axes.set_title(title)
     axes.legend(loc="upper right", fontsize=8, facecolor="#333333", labelcolor="white")
-    figure.colorbar(picture, label="mean |gradient|, of the largest")
+    figure.colorbar(picture, label="mean |gradient|, relative to its maximum")
     _save(figure, path)
 
 
@@ -275,16 +275,16 @@ def redraw(run: Path, numbers: list[int] | None) -> list[dict[str, Any]]:
     count = len(dataset.test_images)
     numbers = list(range(0, count, -(-count // 6))) if numbers is None else numbers
     if len(numbers) > 100:
-        raise UserError(f"--images: {len(numbers):,} of them; a picture shows 100 at most")
+        raise UserError(f"--images: {len(numbers):,} given; one picture shows 100 at most")
     for number in numbers:
         if not 0 <= number < count:
             raise UserError(
-                f"--images {number}: {dataset.name} has {count:,} test images, from 0 on"
+                f"--images {number}: {dataset.name} has {count:,} test images, numbered from 0"
             )
     history, logits = checkpoint.load_history(run), checkpoint.load_predictions(run)
     if logits.shape != (count, len(dataset.classes)):
         raise UserError(
-            f"{run / 'predictions.npy'} is not of {dataset.name}'s {count:,} test images"
+            f"{run / 'predictions.npy'} does not match {dataset.name}'s {count:,} test images"
         )
     try:
         draw_run(run, checkpoint.load_config(run)["flags"], dataset, logits, history)
@@ -298,16 +298,16 @@ def main(argv: list[str]) -> int:
     """The exit status: 0, or 2 for a user's mistake."""
 
     def job() -> None:
-        parser = Parser(prog="plots.py", description="Draw runs again, and several side by side.")
-        parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="runs' folders")
+        parser = Parser(prog="plots.py", description="Redraw runs' pictures and compare runs.")
+        parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders")
         parser.add_argument(
-            "--images", type=int, nargs="+", help="test images to look into; behind the runs"
+            "--images", type=int, nargs="+", help="test image numbers for Grad-CAM; after RUN"
         )
-        parser.add_argument("--out", type=Path, help="of several runs (default: comparison.png)")
+        parser.add_argument("--out", type=Path, help="comparison picture (default: comparison.png)")
         args = parser.parse_args(argv)
         out = args.out or Path("comparison.png")
         if out.suffix not in KINDS:
-            raise UserError(f"--out {out}: a picture's name ends in {', '.join(KINDS)}")
+            raise UserError(f"--out {out}: the file name must end in {', '.join(KINDS)}")
         histories = {}
         for run in dict.fromkeys(args.runs):
             histories[named(run)] = redraw(run, args.images)

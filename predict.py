@@ -56,7 +56,7 @@ def named_files(arguments: list[str], failed: list[str]) -> Iterator[tuple[str, 
             shown = (f for f in found if not any(map(is_hidden, f.relative_to(path).parts)))
             files = sorted(filter(os.path.isfile, shown))
             if not files:
-                skip(argument, "no image in that folder", failed)
+                skip(argument, "no images in that folder", failed)
             yield from ((str(file), file) for file in files)
         else:
             yield argument, path
@@ -119,12 +119,12 @@ def main(argv: list[str]) -> int:
 
     def job() -> None:
         parser = Parser(prog="predict.py", description="Classify images with a trained net.")
-        parser.add_argument("run", metavar="RUN", type=Path, help="a run's folder")
+        parser.add_argument("run", metavar="RUN", type=Path, help="run folder")
         parser.add_argument(
-            "images", metavar="IMAGE", nargs="+", help="files, folders, - for stdin"
+            "images", metavar="IMAGE", nargs="+", help="image files, folders, or - for stdin"
         )
-        parser.add_argument("--top", type=number(int, 1), default=3, help="so many classes each")
-        parser.add_argument("--json", action="store_true", help="as JSON, nothing else")
+        parser.add_argument("--top", type=number(int, 1), default=3, help="classes per image")
+        parser.add_argument("--json", action="store_true", help="print JSON only")
         parser.add_argument("--device", choices=DEVICES, default="auto")
         classify(parser.parse_args(argv), failed)
 

@@ -111,7 +111,7 @@ def announce(facts: dict[str, Any], dataset: data.Dataset, folder: Path) -> None
     print(
         f"device     {facts['device']}, {facts['precision']}{processes}\n"
         f"data       {dataset.name}: {len(dataset.train_images):,} training images, "
-        f"{len(dataset.test_images):,} to test on\n"
+        f"{len(dataset.test_images):,} test images\n"
         f"net        {facts['net']}: {facts['parameters']:,} parameters, receptive field "
         f"{facts['receptive_field']}, {facts['multiply_adds'] / 1e6:.1f} M multiply-adds\n"
         f"run        {folder}"
@@ -124,7 +124,7 @@ def show(summary: dict[str, Any]) -> None:
         f"\nfinal test accuracy   {summary['final_accuracy']:.2%} on {summary['data']}, "
         f"{summary['tested_on']}"
         f"\nwith flip averaging   {summary['flip_accuracy']:.2%}"
-        f"\nbest, of epoch {summary['best_epoch']:<6} {summary['best_accuracy']:.2%}"
+        f"\nbest, in epoch {summary['best_epoch']:<6} {summary['best_accuracy']:.2%}"
         f"\ntotal                 {summary['total_seconds']:.1f} s"
     )
     if summary["target"]:
@@ -141,16 +141,16 @@ def write_card(folder: Path, summary: dict[str, Any], flags: dict[str, Any]) -> 
     given = ", ".join(f"`{key} {value}`" for key, value in flags.items() if value is not None)
     text = f"""# {summary["net"]} on {summary["data"]}
 
-A convolutional net for 32×32 colour images, trained and tested on `{summary["data"]}`, and on no
-other images, sizes or cameras.
+A convolutional net for 32×32 colour images, trained and tested only on `{summary["data"]}`;
+other images, sizes and cameras are untested.
 
 | | |
 |---|---|
 | accuracy on the {summary["tested_on"]}, last epoch | {summary["final_accuracy"]:.2%} |
 | … averaged with the mirror image | {summary["flip_accuracy"]:.2%} |
-| … best epoch, {summary["best_epoch"]} | {summary["best_accuracy"]:.2%} |
+| … best epoch ({summary["best_epoch"]}) | {summary["best_accuracy"]:.2%} |
 | parameters | {summary["parameters"]:,} |
-| multiply-adds an image | {summary["multiply_adds"]:,} |
+| multiply-adds per image | {summary["multiply_adds"]:,} |
 | theoretical receptive field | {summary["receptive_field"]} pixels |
 | epochs, seed | {summary["epochs"]}, {summary["seed"]} |
 | recipe | {summary["recipe"] or "train.py's own"} |

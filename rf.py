@@ -106,13 +106,13 @@ def show_effective(run: Path) -> None:
     with torch.no_grad():
         centre = [size // 2 for size in traced.features(inputs[:1]).shape[2:]]
     square = [f.extent(index) for f, index in zip(traced.fields, centre, strict=True)]
-    title = f"{content['net']} on {dataset.name}: gradient of a central unit before the pooling"
+    title = f"{content['net']} on {dataset.name}: gradient of a central unit before pooling"
     plots.effective_field(run / "effective_rf.png", heat.numpy(), margin, square, title)
     print(
         f"{content['net']} on {len(images):,} test images of {dataset.name}\n"
         f"theoretical receptive field  {max(traced.receptive_field)} pixels\n"
-        f"effective receptive field    {side:.1f} pixels: root of the area where the gradient is "
-        f"over 4.55 % of its largest\n"
+        f"effective receptive field    {side:.1f} pixels: root of the area where the gradient "
+        f"exceeds 4.55 % of its maximum\n"
         f"gradient mass inside 32×32   {share:.1%}\n"
         f"picture                      {run / 'effective_rf.png'}"
     )
@@ -123,13 +123,15 @@ def main(argv: list[str]) -> int:
 
     def job() -> None:
         parser = Parser(prog="rf.py", description="Receptive field of a net, layer by layer.")
-        parser.add_argument("--net", choices=model.NETS, help="its layers; default: atrous")
+        parser.add_argument("--net", choices=model.NETS, help="net to list (default: atrous)")
         either = parser.add_mutually_exclusive_group()
-        either.add_argument("--json", action="store_true", help="the same as JSON, nothing else")
-        either.add_argument("--effective", metavar="RUN", type=Path, help="measure a trained net's")
+        either.add_argument("--json", action="store_true", help="print JSON only")
+        either.add_argument("--effective", metavar="RUN", type=Path, help="effective field of RUN")
         args = parser.parse_args(argv)
         if args.effective and args.net:
-            raise UserError(f"--net {args.net}: the run in {args.effective} has a net of its own")
+            raise UserError(
+                f"--net {args.net}: the run in {args.effective} has its own; omit --net"
+            )
         if args.effective:
             show_effective(args.effective)
         else:

@@ -64,12 +64,12 @@ def run(
     """
     if args.batch_size % ranks.count():
         raise UserError(
-            f"--batch-size {args.batch_size}: take a multiple of {ranks.count()}, the processes"
+            f"--batch-size {args.batch_size}: use a multiple of {ranks.count()}, the process count"
         )
     if args.batch_size > len(dataset.train_images):
         raise UserError(
             f"--batch-size {args.batch_size}: {dataset.name} has only "
-            f"{len(dataset.train_images):,} training images; take a smaller one"
+            f"{len(dataset.train_images):,} training images; use a smaller one"
         )
     device = dataset.train_images.device
     torch.manual_seed(args.seed)
@@ -89,7 +89,7 @@ def run(
         else:
             note_source(folder, dataset, args)
         if (folder / "summary.json").exists():
-            print(f"{folder} has ended already, after epoch {args.epochs}")
+            print(f"{folder} has already finished, after epoch {args.epochs}")
             return checkpoint.load_summary(folder)
         report.announce(facts, dataset, folder)
         if args.recipe is not None:
@@ -126,7 +126,7 @@ def facts_of(
         logits = net.eval()(torch.zeros(1, 3, SIZE, SIZE))
     if getattr(logits, "shape", None) != (1, len(dataset.classes)):
         raise UserError(
-            f"--net {args.net}: gives no logits (N, {len(dataset.classes)}), one for each class"
+            f"--net {args.net}: must return logits (N, {len(dataset.classes)}), one per class"
         )
     return {
         "data": dataset.name,
@@ -159,12 +159,12 @@ def alone_in(folder: Path) -> Iterator[None]:
                     return
                 handle = os.open(folder, os.O_RDONLY)
             except OSError as error:
-                raise UserError(f"--out {folder} cannot be written: {error}") from error
+                raise UserError(f"--out {folder} cannot be written to: {error}") from error
             held.callback(os.close, handle)
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError as error:
-                raise UserError(f"{folder}: another process is at this run; let it end") from error
+                raise UserError(f"{folder}: in use by another process; wait or stop it") from error
             except OSError:
                 pass
 
@@ -188,12 +188,14 @@ def ending_in_one_line(args: Namespace, device: torch.device, way_on: str) -> It
             raise UserError(f"--compile: {first_line(error)}; train without it") from error
         if "DataLoader worker" in str(error):  # killed, say, or out of shared memory
             said = str(error).strip().rpartition("\n")[2]
-            raise UserError(f"--workers {args.workers}: {said}; 0 needs none: {way_on}") from error
+            raise UserError(
+                f"--workers {args.workers}: {said}; resume with --workers 0: {way_on}"
+            ) from error
         if not is_out_of_memory(error):
             raise
         raise UserError(
-            f"--batch-size {args.batch_size}: {device} is out of memory; begin with a smaller one, "
-            f"or free some: {way_on}"
+            f"--batch-size {args.batch_size}: {device} is out of memory; start a new run with "
+            f"a smaller one, or free memory: {way_on}"
         ) from error
 
 
@@ -204,9 +206,9 @@ def run_folder(args: Namespace, data_name: str) -> Path:
 def refuse_existing(folder: Path) -> None:
     there = [name for name in report.FILES if (folder / name).exists()]
     if ranks.any_says(bool(there)):
-        way = f"{going_on(folder, 'with it')}, or " if "config.json" in there else ""
+        way = f"{going_on(folder, 'it')}, or " if "config.json" in there else ""
         found = there[0] if there and not way else "a run"
-        raise UserError(f"--out {folder}: {found} is there already; {way}give another --out")
+        raise UserError(f"--out {folder}: {found} already exists; {way}choose another --out")
     if folder.exists() and not folder.is_dir():
         raise UserError(f"--out {folder} is not a folder")
 
@@ -216,7 +218,7 @@ def refuse_other_images(config: dict[str, Any], dataset: data.Dataset, args: Nam
         raise UserError(
             f"--resume {args.resume}: that run trains on {config.get('images')}, "
             f"not {dataset.name}'s {dataset.checksum}; "
-            f"let --data name its own, {config.get('data')}"
+            f"point --data at its own data set, {config.get('data')}"
         )
 
 
@@ -225,7 +227,7 @@ def write_config(folder: Path, config: dict[str, Any]) -> None:
         try:
             report.write_json(folder / "config.json", config)
         except OSError as error:
-            raise UserError(f"{folder} cannot be written: {error}") from error
+            raise UserError(f"{folder} cannot be written to: {error}") from error
 
     ranks.by_main(write)
 
@@ -234,12 +236,13 @@ def resume(training: Training, folder: Path, dataset: data.Dataset, args: Namesp
     """Restore `training` to where the run in `folder` stopped; record where its images lie now."""
     state, ours = checkpoint.load(folder / "last.pt"), identity(args)
     if state.get("run") != ours:
-        raise UserError(f"--resume {folder}: last.pt and config.json are of different runs")
+        raise UserError(f"--resume {folder}: last.pt and config.json are from different runs")
     try:
         training.load_state(state)
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(
-            f"{folder}/last.pt does not fit: {first_line(error)}; use the atrous that wrote it"
+            f"{folder}/last.pt does not fit this version of atrous: {first_line(error)}; "
+            "use the version that wrote it"
         ) from error
     note_source(folder, dataset, args)
     if ranks.rank() == 0:
@@ -273,7 +276,7 @@ def run_seeds(args: Namespace, argv: list[str], device: torch.device) -> None:
     with ranks.main_first():
         dataset = data.load(args.data, Path(args.data_dir), device, args.train_images, args.holdout)
     if ranks.differ(dataset.checksum):
-        raise UserError(f"--data {args.data}: the processes have read different images; try again")
+        raise UserError(f"--data {args.data}: the processes read different images; try again")
     if ranks.rank() == 0:
         print(f"data read in {time.perf_counter() - start:.1f} s", file=sys.stderr)
     command = shlex.join(["python", "train.py", *argv])
@@ -288,7 +291,7 @@ def run_seeds(args: Namespace, argv: list[str], device: torch.device) -> None:
     else:
         repeat(args, command, dataset)
     if args.data == "auto" and dataset.name == "synthetic":
-        print("warning: CIFAR-10 was out of reach; all of the above is on synthetic images")
+        print("warning: CIFAR-10 was not available; all results above are on synthetic images")
 
 
 def repeat(args: Namespace, command: str, dataset: data.Dataset) -> None:
@@ -305,7 +308,7 @@ def repeat(args: Namespace, command: str, dataset: data.Dataset) -> None:
         else:
             facts = {"data": dataset.name, "images": dataset.checksum, "command": command}
             write_config(base, {"flags": vars(args), **facts})
-        summaries, way_on = [], going_on(base, "with this seed and the rest")
+        summaries, way_on = [], going_on(base, "this seed and the rest")
         for seed, folder in folders.items():
             own = {"seed": seed, "repeat": 1, "out": str(folder), "resume": None}
             if (folder / "last.pt").exists():

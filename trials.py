@@ -76,7 +76,7 @@ def train_one(given: list[str], folder: Path, args: Namespace) -> None:
     try:
         train.run_all(flags.parse_flags(argv), argv)
     except (KeyboardInterrupt, Terminated) as ended:
-        raise type(ended)("the same command goes on after the last line") from ended
+        raise type(ended)("the same command continues after the last finished epoch") from ended
 
 
 def refuse_another(folder: Path, wanted: dict[str, Any]) -> None:
@@ -85,8 +85,8 @@ def refuse_another(folder: Path, wanted: dict[str, Any]) -> None:
     for name in wanted:
         if name not in MAY_DIFFER and has.get(name) != wanted[name]:
             raise UserError(
-                f"{folder} is a run with {flags.option(name)} {has.get(name)}: "
-                "remove it or give another --out"
+                f"{folder} holds a run with {flags.option(name)} {has.get(name)}: "
+                "remove it or choose another --out"
             )
 
 
@@ -113,7 +113,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     width = max(len(row["name"]) for row in rows)
     lines = [
         f"{'':<{width}} {'weights':>7} {'epochs':>6} {'final accuracy':>15} "
-        f"{'flip-averaged':>15} {'s/epoch':>7} {'s in all':>8}"
+        f"{'flip-averaged':>15} {'s/epoch':>7} {'total s':>8}"
     ]
     lines += [
         f"{row['name']:<{width}} {row['parameters']:7,d} {row['epochs']:6d} "

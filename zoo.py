@@ -202,7 +202,7 @@ class Recipe:
 
 
 TRUNCATED = (
-    "the hole's published fill is read as that share of 255; the published call, on uint8 images, "
+    "the hole's published fill is read as a fraction of 255; the published call, on uint8 images, "
     "truncated it to black"
 )
 RECIPES = {
@@ -212,7 +212,7 @@ RECIPES = {
         {"optimizer": "sgd", "lr": 0.3, "momentum": 0.9, "schedule": "step", "dropout": 0.02}
         | {"flip_p": 0.5, "shift": 0.0625, "scale": 0.1, "rotate": 45.0, "affine_p": 0.5}
         | {"cutout": 16, "fill": 0.4734 * 255, "sam": 0.0},
-        f"{TRUNCATED}; the momentum, published as plain, is Nesterov's here",
+        f"{TRUNCATED}; the published momentum was plain, here it is Nesterov's",
     ),
     # The original flipped after shift-scale-rotate; draws are symmetric, so order does not matter.
     "net190k": Recipe(

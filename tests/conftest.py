@@ -14,16 +14,16 @@ import plots
 import report
 import synthetic
 
-# Ctrl-C is tested; a shell starts a job in the background with it ignored.
+# Ctrl-C is tested, but a shell starts background jobs with SIGINT ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 cache = tempfile.TemporaryDirectory()  # for fixtures and processes that outlive a test
 os.environ["XDG_CACHE_HOME"] = cache.name
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on a CPU, slowly; read as they are imported
+    os.environ["TRITON_INTERPRET"] = "1"  # kernels run on a CPU, slowly; read when imported
 
 
 def pytest_addoption(parser):
-    parser.addoption("--images", help="compare augmentations on images of this folder or archive")
+    parser.addoption("--images", help="compare augmentations on this folder's or archive's images")
 
 
 def pytest_collection_modifyitems(items):
@@ -35,7 +35,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def images(request):
-    """1,000 images uint8 (N, 3, 32, 32): generated ones, or those of --images."""
+    """1,000 images uint8 (N, 3, 32, 32): generated, or those of --images."""
     source = request.config.getoption("--images")
     if source is None:
         return synthetic.shapes(1000, seed=7)[0]
@@ -44,14 +44,14 @@ def images(request):
 
 @pytest.fixture(scope="session", autouse=True)
 def _generated_once():
-    """Most tests train on the same generated images: they are drawn once."""
+    """Generate the synthetic images only once: most tests train on the same ones."""
     synthetic.shapes = functools.cache(synthetic.shapes)
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
-    """A finished run in a folder of its own, and what it printed; beside it, what it said on
-    stderr, where Python names each module that it imported."""
+    """A finished run's folder and its stdout. A file beside the folder has its stderr, in which
+    Python names every module that the run imported."""
     from test_main_job import SMALL
 
     folder = tmp_path_factory.mktemp("finished") / "run"
@@ -65,13 +65,13 @@ def finished(tmp_path_factory):
 
 @pytest.fixture
 def no_pictures(monkeypatch):
-    """Drawing takes longer than the small runs of the tests."""
+    """Skip drawing, which takes longer than the tests' small runs."""
     monkeypatch.setattr(plots, "draw_run", lambda *_: None)
     monkeypatch.setattr(report, "draw_examples", lambda *_: None)
 
 
 @pytest.fixture(autouse=True)
 def _alone(tmp_path, monkeypatch):
-    """No test draws on what others drew before it, or reads or fills the user's cache."""
+    """Seed each test's random numbers, and keep tests away from the user's cache."""
     torch.manual_seed(0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))

@@ -1,4 +1,4 @@
-"""Runs of train.py in processes of their own that can be killed, or train one net together."""
+"""Runs of train.py in separate processes, which can be killed or train one net together."""
 
 import io
 import multiprocessing
@@ -25,7 +25,7 @@ CONTEXT.set_forkserver_preload(["processes", "torch._inductor"])  # which PyTorc
 
 def start(argv, **options):
     process = CONTEXT.Process(target=_run, args=(argv,), kwargs=options)
-    # the one place where the forkserver of Python 3.11 looks for what it preloads (cpython#117378)
+    # the only place where Python 3.11's forkserver looks for modules to preload (cpython#117378)
     with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(sys.path)):
         process.start()
     return process
@@ -44,7 +44,7 @@ def _run(argv, torn_write=None, rank=None, record=None):
 
 
 def _kill_within_write(number, share):
-    """Die by SIGKILL within the `number`th checkpoint, after this share of its bytes."""
+    """Die by SIGKILL while writing the `number`th checkpoint, after this share of its bytes."""
     save, calls = torch.save, []
 
     def torn(content, file):
@@ -61,7 +61,7 @@ def _kill_within_write(number, share):
 
 
 def _record(path):
-    """Save what this process drew and flipped in each epoch, and its net after each."""
+    """Save which images this process drew and flipped in each epoch, and its net after each."""
     share, run_epoch, apply = ranks.share, epochs.run_epoch, step.apply
     seen, flipped, nets = [], [], []
 
@@ -85,7 +85,7 @@ def _record(path):
 
 
 def joined(count, argv, folder, own=None):
-    """`count` processes that train one net, each with its `own` flags too."""
+    """`count` processes that train one net, each with its `own` additional flags."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -1,7 +1,7 @@
 """augment.py against albumentations 2.0.8, image by image and as distributions.
 
-Differences are in levels, 0–255. OpenCV 4 interpolates in 1/32 pixel, so that there the tolerances
-of interpolated values widen to its 4 levels. `--images ARCHIVE` compares on real images.
+Differences are in levels, 0–255. OpenCV 4 interpolates in steps of 1/32 pixel: with it, the
+tolerances of interpolated values widen to 4 levels. `--images ARCHIVE` compares on real images.
 """
 
 import ast
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from scipy import stats
 
 import augment
-import reference  # sets albumentations offline before it is imported
+import reference  # takes albumentations offline before importing it
 from augment import (
     BORDERS,
     Params,
@@ -51,7 +51,7 @@ def some(params, index):
 
 
 def by_albumentations(images, params, border, dtype, fill):
-    """Every image through transforms that albumentations itself builds from its parameters."""
+    """Each image, put through transforms that albumentations builds from its parameters."""
     results = []
     for index, image in enumerate(images.permute(0, 2, 3, 1).numpy().astype(dtype)):
         one = some(params, index)
@@ -158,7 +158,7 @@ def test_colours_equal_albumentations(images):
     result = jitter_colours(images, colours)
     for index, image in enumerate(images.permute(0, 2, 3, 1).numpy()):
         one = some(colours, index)
-        # a quarter of a level more, which truncates back: a whole level / 255 · 255 may round down
+        # plus a quarter level, truncated again later: a whole level / 255 · 255 may round down
         shifts = ((one.rgb_shift + 0.25 * one.rgb_shift.sign()) / 255).tolist()
         if any(shifts):
             image = A.RGBShift(*((s, s) for s in shifts), p=1)(image=image)["image"]
@@ -167,7 +167,7 @@ def test_colours_equal_albumentations(images):
             limits = (beta / 255, beta / 255), (alpha - 1, alpha - 1)
             image = A.RandomBrightnessContrast(*limits, p=1)(image=image)["image"]
         difference = (result[index] - torch.from_numpy(image).permute(2, 0, 1)).abs()
-        assert difference.max() <= 1  # floor of a float32 product: at most the rounding's one level
+        assert difference.max() <= 1  # floor of a float32 product: rounding can cost a level
         assert (difference > 0).float().mean() <= 0.01
 
 
@@ -258,7 +258,7 @@ def test_shifts_are_drawn_as_albumentations_does(draws, albumentations_draws):
             np.bincount(s[:, axis].astype(int) + 3, minlength=7)
             for s in (draws.shift.numpy(), theirs)
         ]
-        expected = DRAWS / 8 * np.array([1, 1, 1, 2, 1, 1, 1])  # of what is under 4, truncated
+        expected = DRAWS / 8 * np.array([1, 1, 1, 2, 1, 1, 1])  # of shifts under 4, truncated
         assert stats.chisquare(counts[0], expected).pvalue > ALPHA
         assert stats.chi2_contingency(counts).pvalue > ALPHA
 
@@ -325,7 +325,7 @@ def test_colour_parameters():
     for channel, limit in enumerate((10, 5)):
         counts = (drawn.rgb_shift[:, channel].long() + limit).bincount(minlength=2 * limit)
         expected = np.ones(2 * limit - 1)
-        expected[limit - 1] = 2  # truncation towards zero: −1 < s < 1
+        expected[limit - 1] = 2  # truncated towards zero: −1 < s < 1
         assert stats.chisquare(counts[1 : 2 * limit], DRAWS * expected / (2 * limit)).pvalue > ALPHA
     assert independent(drawn.rgb_shift[:, :2].T)
     assert not drawn.rgb_shift[:, 2].any()
@@ -346,7 +346,7 @@ def test_a_hole_larger_than_the_images_is_an_error():
 @pytest.mark.gpu
 @pytest.mark.parametrize("border", BORDERS)
 def test_gpu_equals_cpu(images, params, border, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)  # not to reach the grid
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)  # must not affect the grid
     on_gpu = Params(**{name: tensor.cuda() for name, tensor in vars(params).items()})
     with torch.autocast("cuda", torch.bfloat16):
         result = apply(images.cuda(), on_gpu, FILL.view(-1, 1, 1).cuda(), border).cpu()

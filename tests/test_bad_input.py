@@ -1,4 +1,4 @@
-"""A user's mistake is one line on stderr and status 2; nothing is half-written, nothing lost."""
+"""A user error is one line on stderr and exit status 2; nothing is half-written or lost."""
 
 import resource
 
@@ -28,7 +28,7 @@ BAD_FLAGS = [
     (["--lr", "-1"], "--lr"),
     (["--lr", "nan"], "--lr"),
     (["--lr", "inf"], "--lr: inf is not finite"),
-    (["--lr", "1e39"], "--lr: 1e39 is not above 0, at most 1e+30"),
+    (["--lr", "1e39"], "--lr: 1e39 must be above 0 and at most 1e+30"),
     (["--repeat", "0"], "--repeat"),
     (["--target", "0"], "--target"),
     (["--weight-decay", "-0.1"], "--weight-decay"),
@@ -37,9 +37,9 @@ BAD_FLAGS = [
     (["--flip-p", "1.5"], "--flip-p"),
     (["--cutout", "33"], "--cutout"),
     (["--cutout-min", "17"], "--cutout-min 17"),
-    (["--contrast", "0.3"], "--contrast changes no image: give --brightness-contrast-p too"),
-    (["--rgb-shift", "9", "0", "0"], "--rgb-shift changes no image: give --rgb-shift-p too"),
-    (["--rgb-shift-p", "0.5"], "--rgb-shift-p changes no image: give --rgb-shift too"),
+    (["--contrast", "0.3"], "--contrast does nothing alone: set --brightness-contrast-p too"),
+    (["--rgb-shift", "9", "0", "0"], "--rgb-shift does nothing alone: set --rgb-shift-p too"),
+    (["--rgb-shift-p", "0.5"], "--rgb-shift-p does nothing alone: set --rgb-shift too"),
     (["--fill", "256"], "--fill"),
     (["--recipe", "resnet"], "--recipe"),
     (["--rotate", "-3"], "--rotate"),
@@ -75,7 +75,7 @@ def test_an_existing_run_is_not_overwritten(finished, capsys):
     folder, _ = finished
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     assert train.main([*SMALL, "--out", str(folder)]) == 2
-    way = f"--resume {folder} goes on with it, or give another --out"
+    way = f"--resume {folder} continues it, or choose another --out"
     assert way in capsys.readouterr().err
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
 
@@ -84,7 +84,7 @@ def test_an_existing_run_is_not_overwritten(finished, capsys):
 def test_a_file_of_the_users_is_not_overwritten(name, tmp_path, capsys):
     (tmp_path / name).write_text("kept")
     assert train.main([*SMALL, "--out", str(tmp_path)]) == 2
-    assert f"{name} is there already; give another --out" in capsys.readouterr().err
+    assert f"{name} already exists; choose another --out" in capsys.readouterr().err
     assert (tmp_path / name).read_text() == "kept"
 
 
@@ -93,7 +93,7 @@ def test_a_run_that_nobody_reads(tmp_path, monkeypatch):
         raise BrokenPipeError
 
     monkeypatch.setattr(report, "format_line", closed)
-    with pytest.raises(BrokenPipeError):  # which common.exit_status makes 141
+    with pytest.raises(BrokenPipeError):  # which common.exit_status turns into 141
         train.run_all(flags.parse_flags([*SMALL, "--out", str(tmp_path)]), [])
 
 
@@ -108,12 +108,12 @@ def test_a_loss_that_is_no_number_stops_the_run(tmp_path, capsys):
 
 
 def test_weights_that_are_no_numbers_are_not_kept(tmp_path, capsys, no_pictures):
-    """The last step of epoch 7 ruins them: the loss before it, and in no other, is finite."""
+    """Epoch 7's only step, the first with --sam, ruins them; the loss before it is finite."""
     folder = tmp_path / "run"
     one_step = ["--epochs", "8", "--batch-size", "60", "--net", "net136k", "--sam", "1e30"]
     assert train.main([*SMALL, *one_step, "--out", str(folder)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: the test loss is nan after epoch 7: begin anew in another")
+    assert error.startswith("error: the test loss is nan after epoch 7: start again in another")
     content = checkpoint.load(folder / "last.pt")
     assert len(content["history"]) == 6
     assert all(value.isfinite().all() for value in content["net"].values())
@@ -135,12 +135,14 @@ def test_out_of_memory_is_one_line(tmp_path, monkeypatch, capsys, error):
     monkeypatch.setattr(step, "train_step", exhausted)
     assert train.main([*SMALL, "--out", str(tmp_path / "run")]) == 2
     assert capsys.readouterr().err.splitlines()[-1] == (
-        "error: --batch-size 20: cpu is out of memory; begin with a smaller one, "
-        f"or free some: --resume {tmp_path}/run goes on after the last line"
+        "error: --batch-size 20: cpu is out of memory; start a new run with a smaller one, "
+        f"or free memory: --resume {tmp_path}/run continues after the last finished epoch"
     )
     monkeypatch.setattr(data, "load", exhausted)
     assert train.main([*SMALL, "--out", str(tmp_path / "other")]) == 2
-    assert capsys.readouterr().err == "error: out of memory: free some, or take another device\n"
+    assert (
+        capsys.readouterr().err == "error: out of memory: free some memory or use another device\n"
+    )
 
 
 def test_a_missing_compiler_is_one_line(tmp_path, monkeypatch, capsys):
@@ -171,11 +173,11 @@ def test_a_worker_that_fails_is_one_line(tmp_path, monkeypatch, capsys, before):
     run = ["--augment", "albumentations", "--out", str(tmp_path / "run")]
     assert train.main([*SMALL, *run]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith(f"error: --workers 2: {said}; 0 needs none: --resume ")
+    assert line.startswith(f"error: --workers 2: {said}; resume with --workers 0: --resume ")
 
 
 def test_a_full_disk_is_one_line_that_names_the_way_on(tmp_path, capsys, no_pictures):
-    """The disk is a limit on the size of a file, which the checkpoint passes."""
+    """A limit on file size, which the checkpoint exceeds, stands in for a full disk."""
     folder = tmp_path / "run"
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))

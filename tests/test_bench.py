@@ -17,7 +17,7 @@ from model import build
 
 @pytest.fixture
 def arguments(tmp_path, monkeypatch, no_pictures):
-    """Two nets, few images, small batches; results go to a folder of the test's own."""
+    """Two nets, few images, small batches; results go to the test's own folder."""
     monkeypatch.setattr(bench.model, "NETS", ("atrous", "net136k"))
     parser = bench.flags.make_parser()
     parser.set_defaults(batch_size=32)
@@ -37,8 +37,8 @@ def arguments(tmp_path, monkeypatch, no_pictures):
 
 @pytest.fixture
 def briefly(monkeypatch):
-    """Everything is run, but once; two batches take a second, a phase a millisecond an image, and a
-    step has one more kernel, long of name and time."""
+    """Run everything, but only once; report two batches per second, a millisecond per image and
+    phase, and for a step one more kernel, with a long name and time."""
     rates, phases, kernels = bench.measure.rates, bench.measure.phase_seconds, bench.measure.kernels
 
     def two_a_second(ways, device, **_):
@@ -89,7 +89,7 @@ def test_an_epoch_and_its_phases(arguments, briefly, tmp_path, capsys):
 def test_every_layer_beside_its_floor(arguments, briefly, tmp_path, capsys):
     assert bench.main(["layers", *arguments[1:3], "--net", "net136k", "--device", "cpu"]) == 0
     _, title, heading, *rows, _ = capsys.readouterr().out.splitlines()
-    assert title.startswith("ms of each layer, batches of 32, net136k on pets")
+    assert title.startswith("ms per layer, batches of 32, net136k on pets")
     layers = trace(build("net136k", 2)).layers
     assert [row.split()[:2] for row in rows] == [[layer.name, layer.kind] for layer in layers]
     assert max(map(len, [heading, *rows])) <= 80
@@ -195,11 +195,13 @@ def test_own_recipes_and_going_on(arguments, tmp_path, capsys):
 @pytest.mark.parametrize(("end", "status"), [(KeyboardInterrupt, 130), (Terminated, 143)])
 def test_an_interrupted_comparison_says_how_to_go_on(arguments, monkeypatch, capsys, end, status):
     def interrupted(*_):
-        raise end("--resume s0 goes on")  # as train.py's own command would
+        raise end("--resume s0 continues")  # as train.py would say
 
     monkeypatch.setattr("train.run_all", interrupted)
     assert bench.main(arguments) == status
-    assert capsys.readouterr().err.endswith(": the same command goes on after the last line\n")
+    assert capsys.readouterr().err.endswith(
+        ": the same command continues after the last finished epoch\n"
+    )
 
 
 @pytest.mark.slow

@@ -68,42 +68,46 @@ def test_a_data_set_that_is_another_by_now(tmp_path):
     config = tmp_path / "config.json"
     images = "70 images (CRC 00000000)"
     config.write_text(json.dumps({"data": "synthetic", "images": images, "flags": flags}))
-    with pytest.raises(UserError, match="synthetic has other images or classes by now"):
+    with pytest.raises(UserError, match="images or classes of synthetic have changed"):
         checkpoint.load_data(tmp_path)
     images = data.load("synthetic", None, torch.device("cpu"), 50, 20).checksum
     config.write_text(json.dumps({"data": "synthetic", "images": images, "flags": flags}))
     assert len(checkpoint.load_data(tmp_path).test_labels) == 20
     config.write_text(json.dumps({"data": "cifar10", "images": images, "flags": flags}))
-    with pytest.raises(UserError, match="its --data synthetic is synthetic here, not cifar10"):
+    with pytest.raises(UserError, match="--data synthetic now means synthetic, not cifar10"):
         checkpoint.load_data(tmp_path)
 
 
 def test_a_folder_of_several_runs_names_one(tmp_path):
     (tmp_path / "s3").mkdir()
     with pytest.raises(
-        UserError, match=f"is not there; of --repeat's runs take one, as {tmp_path}/s3"
+        UserError, match=f"does not exist; give one of --repeat's runs, such as {tmp_path}/s3"
     ):
         checkpoint.load_net(tmp_path / "model.pt")
-    with pytest.raises(UserError, match=f"--repeat's runs take one, as {tmp_path}/s3"):
+    with pytest.raises(UserError, match=f"give one of --repeat's runs, such as {tmp_path}/s3"):
         checkpoint.load_history(tmp_path)
 
 
 def test_a_file_for_a_run_names_its_folder(tmp_path):
     model_file(tmp_path / "model.pt")
     for load in (lambda run: checkpoint.load_net(run / "model.pt"), checkpoint.load_config):
-        with pytest.raises(UserError, match=f"model.pt is a file; name the folder .*, {tmp_path}$"):
+        with pytest.raises(
+            UserError, match=f"model.pt is a file; give its run folder instead: {tmp_path}$"
+        ):
             load(tmp_path / "model.pt")
 
 
 def test_a_run_that_has_not_ended_is_to_go_on(tmp_path):
-    with pytest.raises(UserError, match=r"model\.pt is not there$"):
+    with pytest.raises(UserError, match=r"model\.pt does not exist$"):
         checkpoint.load_net(tmp_path / "model.pt")
     (tmp_path / "config.json").write_text("{}")
     for load in (checkpoint.load_predictions, lambda run: checkpoint.load_net(run / "model.pt")):
-        with pytest.raises(UserError, match=f"not ended: train.py --resume {tmp_path} goes on"):
+        with pytest.raises(
+            UserError, match=f"not finished: train.py --resume {tmp_path} continues"
+        ):
             load(tmp_path)
     (tmp_path / "summary.json").write_text("{}")
-    with pytest.raises(UserError, match=r"predictions\.npy is not there$"):
+    with pytest.raises(UserError, match=r"predictions\.npy does not exist$"):
         checkpoint.load_predictions(tmp_path)
 
 
@@ -157,5 +161,5 @@ def test_another_format_is_said_to_be_newer_or_older(tmp_path, monkeypatch, ahea
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "FORMAT", checkpoint.FORMAT + ahead)
         model_file(path)
-    with pytest.raises(UserError, match=f"of {other} atrous than this"):
+    with pytest.raises(UserError, match=f"from {other} version of atrous: use that one"):
         checkpoint.load_net(path)

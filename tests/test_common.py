@@ -1,4 +1,4 @@
-"""What every command does with its output and its end."""
+"""How every command prints, and how it ends."""
 
 import contextlib
 import io
@@ -46,7 +46,7 @@ def test_an_error_is_a_line_of_readable_characters(capsys):
 
 
 def test_an_error_is_written_at_once(monkeypatch):
-    """Processes that share an unbuffered stderr, as torchrun's do, would mix its parts."""
+    """Else processes sharing an unbuffered stderr, as torchrun's do, would mix their lines."""
 
     def job():
         raise common.UserError("no")
@@ -88,4 +88,4 @@ def test_a_second_sigterm_does_not_disturb_the_ending(capsys):
 
 
 def test_the_way_on_can_be_pasted():
-    assert common.going_on(Path("my run")).startswith("--resume 'my run' goes on")
+    assert common.going_on(Path("my run")).startswith("--resume 'my run' continues")

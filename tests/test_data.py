@@ -25,7 +25,7 @@ def png(colour, size=(32, 32), mode="RGB", kind="PNG"):
 
 
 def files(train=4, test=2):
-    """Names and bytes: every image of one colour, of its own."""
+    """Names and bytes of images, each of one colour, varied by class and number."""
     return {
         f"{split}/{name}/{i}.png": png((40 * i + 20 * k, 10 * i, 200 - 7 * k))
         for split, count in (("train", train), ("test", test))
@@ -218,7 +218,7 @@ def test_a_broken_local_archive_is_an_error(tmp_path, source):
 
 
 def test_a_local_copy_is_read(tmp_path, monkeypatch):
-    """A CIFAR-10 in its own format, with the checks of this copy's sums in place of the real."""
+    """A copy in CIFAR-10's own format, checked against its own MD5 sums, not the real ones."""
     from torchvision.datasets import CIFAR10
     from torchvision.datasets.utils import calculate_md5
 

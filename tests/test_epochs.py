@@ -73,9 +73,9 @@ COLOURS += ["--contrast", "0.2", "--brightness-contrast-p", "1"]
 
 @pytest.mark.parametrize("colours", [[], COLOURS])
 def test_no_value_is_asked_of_a_gpu_for_batches_and_logits(colours, dataset, monkeypatch):
-    monkeypatch.setattr(mirror, "triton_kernels", lambda _: None)  # which take no tensors as these
+    monkeypatch.setattr(mirror, "triton_kernels", lambda _: None)  # which cannot take fake tensors
     tensors = {key: each for key, each in vars(dataset).items() if torch.is_tensor(each)}
-    with FakeTensorMode():  # tensors of a GPU without one, and without values
+    with FakeTensorMode():  # GPU tensors without a GPU and without values
         with torch.device("cuda"):
             net = model.build("atrous", 10)
             there = {key: torch.empty(t.shape, dtype=t.dtype) for key, t in tensors.items()}

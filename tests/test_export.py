@@ -21,12 +21,12 @@ for package in ("onnx", "onnxscript", "onnxruntime"):
 
 
 def make_run(folder, name):
-    """A run's folder with a net in it whose BatchNorm has seen the images."""
+    """A run folder with a net whose BatchNorm has seen the images."""
     torch.manual_seed(0)
     dataset = data.load("synthetic", None, torch.device("cpu"), 200, 200)
     net = build(name, 10)
     for norm in (module for module in net.modules() if isinstance(module, nn.BatchNorm2d)):
-        nn.init.uniform_(norm.weight, 0.5, 1.5)  # a residual branch's last is 0 before training
+        nn.init.uniform_(norm.weight, 0.5, 1.5)  # a branch's last is 0 before training
     net(data.normalize(dataset.train_images, dataset.mean, dataset.std))
     content = {"net": name, "classes": dataset.classes}
     content |= {"mean": dataset.mean.tolist(), "std": dataset.std.tolist()}
@@ -45,7 +45,7 @@ def run(request, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def printed(run):
-    """What a first export says of the two files that it writes."""
+    """What a first export prints about the two files that it writes."""
     to_int8, calibrating = export.to_int8, checkpoint.load_data(run)
 
     def noting(model, images):
@@ -97,12 +97,12 @@ def test_a_file_is_little_more_than_the_parameters(exported):
     for name, size in (("model.onnx", 4), ("model.int8.onnx", 1)):
         content = (exported / name).read_bytes()
         assert len(content) < size * parameters + 100_000
-        assert b"export.py" not in content  # a stack trace, with the paths of this machine
+        assert b"export.py" not in content  # from a stack trace, with this machine's paths
 
 
 def test_the_figures_it_prints(exported, printed):
     first, *lines = printed.splitlines()
-    assert first.startswith("200 images tested on")
+    assert first.startswith("200 test images: probabilities within ")
     dataset = checkpoint.load_data(exported)
     net, _ = checkpoint.load_net(exported / "model.pt")
     rough = exported / "model.int8.onnx"
@@ -114,8 +114,8 @@ def test_the_figures_it_prints(exported, printed):
         size, accuracy, seconds, *lines = lines
         share = (found.argmax(1) == dataset.test_labels.numpy()).mean()
         assert size == f"{file}: {file.stat().st_size / 1000:.0f} kB"
-        assert accuracy == f"  {share:.2%} of the 200 images of synthetic tested on"
-        assert re.fullmatch(r"  on one CPU core \S+ ms for one image, \S+ images/s .* 100", seconds)
+        assert accuracy == f"  {share:.2%} accuracy on the 200 test images of synthetic"
+        assert re.fullmatch(r"  one CPU core: \S+ ms for one image, \S+ images/s .* 100", seconds)
 
 
 def test_what_calibrates_is_of_every_class_in_whatever_order():
@@ -136,17 +136,17 @@ def test_what_is_asked_for_is_written_unless_it_differs(exported, tmp_path, caps
     (file,) = tmp_path.glob("*.onnx")
     assert file.name == "model.onnx"
     file.unlink()
-    shift = 2e-4 * np.eye(1000, 10)  # in one value an image
+    shift = 2e-4 * np.eye(1000, 10)  # in one value per image
     batches = export.in_batches
     monkeypatch.setattr(export, "in_batches", lambda *of: (p := batches(*of)) + shift[: len(p)])
     assert export.main([str(tmp_path)]) == 2
-    assert "nothing is written" in capsys.readouterr().err
+    assert "nothing written" in capsys.readouterr().err
     assert not list(tmp_path.glob("*.onnx"))
 
 
 def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
     assert export.main([str(tmp_path)]) == 2
-    assert "model.pt is not there" in capsys.readouterr().err
+    assert "model.pt does not exist" in capsys.readouterr().err
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert export.main([str(tmp_path)]) == 2
     (line,) = capsys.readouterr().err.splitlines()

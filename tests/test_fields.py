@@ -1,4 +1,4 @@
-"""The pixels that a map depends on, traced, against gradients."""
+"""The pixels that a map depends on: as traced, and as measured by gradients."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ NONLINEAR = (nn.BatchNorm2d, nn.ReLU, nn.ReLU6, nn.Sigmoid, nn.SiLU, nn.Dropout)
 
 
 class Sum(nn.Module):
-    """What is left of a norm that adds a skip, or of anything else pointwise."""
+    """A linear stand-in for a norm that adds a skip, or for any other pointwise layer."""
 
     def forward(self, *maps):
         return sum(maps)
@@ -22,7 +22,7 @@ class Sum(nn.Module):
 def measured(features, size):
     """Height and width of the receptive field, from the gradient of one central output.
 
-    The module is linearised in place, its weights positive, so that no path cancels or is cut off.
+    The module is linearised in place, with positive weights, so that no path cancels or is cut off.
     """
     for module in list(features.modules()):
         for name, child in module.named_children():
@@ -41,7 +41,7 @@ def measured(features, size):
 
 
 def assert_true(net, expected=None, size=96):
-    """The traced field is the measured one, on an image that borders play no part in."""
+    """The traced field equals the measured one, on an image too large for borders to matter."""
     traced = trace(net, (3, size, size))
     assert measured(traced.features, size) == traced.receptive_field
     if expected is not None:
@@ -55,7 +55,7 @@ def test_every_net_by_gradient(name):
 
 
 class Wrap(nn.Module):
-    """A module of one function of the image and the layers `a`, `b`, …"""
+    """A module that computes a function of itself, with layers `a`, `b`, …, and the image."""
 
     def __init__(self, function, *layers):
         super().__init__()
@@ -72,7 +72,7 @@ def conv(inputs, outputs, kernel, **options):
 
 
 def widened(x):
-    """Two channels of zeros more, as ResNet's parameter-free shortcut."""
+    """With two more channels, of zeros, as in ResNet's parameter-free shortcut."""
     return F.pad(x, (0, 0, 0, 0, 1, 1))
 
 
@@ -145,11 +145,11 @@ def test_a_gate_sees_the_whole_image(kernel, expected):
     assert receptive_field(net) == expected
     assert measured(trace(net).features, 32) == (expected, expected)
     wide = nn.Sequential(conv(3, 3, 41), SqueezeExcitation(3), conv(3, 3, 3))
-    assert receptive_field(wide) == 43  # the window of the central output is the larger one
+    assert receptive_field(wide) == 43  # here the central output's own window is larger
 
 
 def test_torchvisions_nets():
-    """435 and 212 are known of ResNet-18 and VGG-16 (Araujo et al. 2019)."""
+    """ResNet-18 and VGG-16 are known to have 435 and 212 (Araujo et al. 2019)."""
     from torchvision import models, ops
 
     branch = nn.Sequential(conv(3, 3, 3), ops.StochasticDepth(0.5, "row"), conv(3, 3, 3))

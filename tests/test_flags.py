@@ -1,4 +1,4 @@
-"""Every knob: its default, its place in the help and in README, and its way to where it acts."""
+"""Every flag: its default, its place in --help and README, and that it reaches the code it sets."""
 
 import json
 import re
@@ -34,7 +34,7 @@ def test_the_default_is_what_was_measured():
     assert {name for name in default if default[name] != measured[name]} == {
         "data",
         "out",
-        "precision",  # as it was chosen there
+        "precision",  # recorded as chosen there
     }
 
 
@@ -53,7 +53,7 @@ def test_help_names_defaults(capsys):
     with pytest.raises(SystemExit):
         flags.parse_flags(["--help"])
     printed = " ".join(capsys.readouterr().out.split())
-    assert "SGD's largest; Muon's: 1/10 (default: 0.4)" in printed
+    assert "SGD's peak; Muon's: 1/10 (default: 0.4)" in printed
 
 
 def test_what_a_resumed_run_may_be_given_anew():

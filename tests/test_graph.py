@@ -1,4 +1,4 @@
-"""A module's traced graph: its layers, its global pooling, and what it cannot account for."""
+"""A module's traced graph: its layers, its global pooling, and what is not supported."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ def test_multiply_adds_of_a_linear_layer_for_every_row():
 
 
 def test_multiply_adds_of_a_gate_over_channels():
-    """As ECA-Net's: a Conv1d over the means of the channels."""
+    """Like ECA-Net's: a Conv1d over the channel means."""
 
     def gated(m, x):
         x = m.a(x)
@@ -56,7 +56,7 @@ def test_what_changes_unseen_by_the_graph():
         x += m.b(x)
         return m.c(y)
 
-    with pytest.raises(UserError, match=r"computes something else, as where `x \+="):
+    with pytest.raises(UserError, match=r"computes something else, for example where `x \+="):
         receptive_field(Wrap(added, *(conv(3, 3, k) for k in (3, 5, 7))))
 
 
@@ -148,7 +148,7 @@ def test_tracing_changes_nothing():
     assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
 
 
-# What it cannot account for
+# What is not supported
 
 
 def shuffled(x):

@@ -1,5 +1,5 @@
-"""Damaged and hostile input of every kind, through main(argv): each ends in one line and status 2,
-or is read as what it was."""
+"""Damaged and hostile input of every kind, through main(argv): each is refused, with one line and
+status 2, or read as the undamaged original."""
 
 import gzip
 import io
@@ -50,7 +50,7 @@ def flipped(blob, chance):
 
 
 def damaged_archive(seed):
-    """A name and the bytes of an archive with one thing wrong."""
+    """The suffix and the bytes of an archive with one thing wrong."""
     chance = random.Random(seed)
     suffix = chance.choice(list(PACKERS))
     pack = PACKERS[suffix]
@@ -78,7 +78,7 @@ def damaged_archive(seed):
         info.type = chance.choice([tarfile.SYMTYPE, tarfile.LNKTYPE, tarfile.CHRTYPE])
         info.linkname = chance.choice([chosen, "/etc/passwd", "../../../secret"])
         return suffix, pack(archive(MEMBERS, info))
-    start = WHOLE.index(chosen.encode())  # a header, with a sum that fits or not
+    start = WHOLE.index(chosen.encode())  # a header, with or without a matching checksum
     header = bytearray(WHOLE[start : start + 512])
     header[124:136] = chance.choice([b"77777777777\0", b"-0000000001\0", b"\x80" + b"\xff" * 11])
     if chance.random() < 0.5:
@@ -88,7 +88,7 @@ def damaged_archive(seed):
 
 
 class Hostile:
-    """Unpickled carelessly, it would run code."""
+    """Unpickled carelessly, this would run code."""
 
     def __reduce__(self):
         return print, ("hostile code ran",)
@@ -103,7 +103,7 @@ def loaded(monkeypatch):
 
 
 def ends_in_one_line(argv, capsys):
-    """Whether main(argv) refused it, as it should: status 2, one line, no traceback."""
+    """Whether main(argv) refused it; if so, with status 2, one line and no traceback."""
     status = train.main([str(argument) for argument in argv])
     printed = capsys.readouterr()
     assert "hostile code ran" not in printed.out
@@ -133,7 +133,7 @@ def test_archives(tmp_path, monkeypatch, capsys, loaded, start):
         monkeypatch.chdir(folder)
         if ends_in_one_line(["--data", path, "--device", "cpu"], capsys):
             refused += 1
-        else:  # what was changed does not matter, and nothing else is read
+        else:  # the damage does not matter: the same images are read
             dataset = loaded.pop()
             for name in ("train_images", "train_labels", "test_images", "test_labels"):
                 assert torch.equal(getattr(dataset, name), getattr(pristine, name)), seed
@@ -164,7 +164,7 @@ def with_a_bomb(kind):
     return png_of(32, 32, ROWS, chunk(kind, b"a\0\0" + zlib.compress(b"a" * 10**8)))
 
 
-BOMBS = {  # made where they are used
+BOMBS = {  # built only where they are used
     "declared huge": lambda: png_of(60_000, 60_000, ROWS),
     "too many pixels": lambda: png_of(32, 32, b"\0" * 200_000_000),
     "text bomb": lambda: with_a_bomb(b"zTXt"),
@@ -209,7 +209,7 @@ def test_archive_bombs(tmp_path, capsys, loaded, monkeypatch):
 
 
 def test_checkpoints(tmp_path, capsys, no_pictures):
-    """Damaged `last.pt`: refused, or the bytes that were changed hold nothing."""
+    """A damaged `last.pt` is refused, unless the changed bytes hold nothing."""
     folder = tmp_path / "run"
     small = ["--data", "synthetic", "--train-images", "40", "--holdout", "10", "--device", "cpu"]
     small += ["--batch-size", "40", "--net", "net136k", "--epochs", "1", "--out", folder]
@@ -241,7 +241,7 @@ def test_checkpoints(tmp_path, capsys, no_pictures):
 
 
 def test_no_other_image_is_read_from_a_damaged_one(tmp_path):
-    """Of the 1-bit flips of a PNG file, each is refused or changes no pixel."""
+    """Each 1-bit flip of a PNG file is refused or changes no pixel."""
     name, blob = next(iter(MEMBERS.items()))
     whole = image_files._pixels(tmp_path, name, blob)
     for bit in range(8 * len(blob)):

@@ -1,4 +1,4 @@
-"""Folders and archives: their cache, and whatever is wrong with them."""
+"""Folders and archives: their cache, and whatever can be wrong with them."""
 
 import gzip
 import os
@@ -105,14 +105,14 @@ def without(prefix):
 BAD_MEMBERS = {
     "no test split": (without("test"), "no images in test"),
     "different classes": (without("test/dog"), "dog"),
-    "one class": ({n: b for n, b in files().items() if "dog" not in n}, "only the class cat"),
+    "one class": ({n: b for n, b in files().items() if "dog" not in n}, "only one class, cat"),
     "too large": (files() | {"train/cat/big.png": png((0, 0, 0), (33, 32))}, "big.png is 33×32"),
     "truncated": (files() | {"test/dog/x.png": png((1, 2, 3))[:60]}, "test/dog/x.png"),
     "no image": (files() | {"train/cat/notes.txt": b"hello"}, "train/cat/notes.txt"),
     "gif": (files() | {"train/cat/a.gif": png(0, mode="L", kind="GIF")}, "train/cat/a.gif"),
     "too deep": (files() | {"train/cat/deep/a.png": png(0)}, "train/cat/deep/a.png"),
     "no class": (files() | {"train/a.png": png(0)}, "train/a.png"),
-    "no name": (files() | {"train/c\udcff/a.png": png(0)}, "without a readable name"),
+    "no name": (files() | {"train/c\udcff/a.png": png(0)}, "an unprintable class name"),
     "huge": (files() | {"train/cat/a.png": bytes((1 << 20) + 1)}, "too large"),
 }
 
@@ -183,7 +183,7 @@ def test_no_truncated_archive_loads(tmp_path, suffix):
     path = tmp_path / f"pets{suffix}"
     write_tar(path, files(), {".tar": "w", ".tar.gz": "w:gz", ".tar.xz": "w:xz"}[suffix])
     whole = path.read_bytes()
-    end = len(whole) if suffix != ".tar" else 24 * 512  # behind it a tar is padded with zeros
+    end = len(whole) if suffix != ".tar" else 24 * 512  # after it, a tar is padded with zeros
     for size in np.linspace(0, end - 1, 25).astype(int):
         path.write_bytes(whole[:size])
         with pytest.raises(UserError, match="pets"):
@@ -200,7 +200,7 @@ def test_no_damaged_header_hides_images(tmp_path):
 
 
 def header(kind=tarfile.REGTYPE, size=None, **pax):
-    """Of a file that is no image, as an archive says it."""
+    """The tar header of a file that is not an image."""
     info = tarfile.TarInfo("readme")
     info.type, info.pax_headers = kind, pax
     blocks = bytearray(info.tobuf(tarfile.PAX_FORMAT if pax else tarfile.GNU_FORMAT))
@@ -215,10 +215,13 @@ SPARSE = {f"GNU.sparse.{key}": value for key, value in zip(("major", "minor"), "
 HEADERS = {
     "as far back as its own": (header(size=b"-0000001000\0"), "claims -512 bytes"),
     "further back": (header(size=b"-0000003000\0"), "claims -1,536 bytes"),
-    "sparse": (header(tarfile.GNUTYPE_SPARSE), "a sparse file"),
-    "sparse by pax": (header(**SPARSE, **{"GNU.sparse.name": "x"}), "a sparse file"),
+    "sparse": (header(tarfile.GNUTYPE_SPARSE), "sparse files are not supported"),
+    "sparse by pax": (
+        header(**SPARSE, **{"GNU.sparse.name": "x"}),
+        "sparse files are not supported",
+    ),
     "text to search for ever": (header(tarfile.XHDTYPE, b"00003641100\0"), "claims 1,000,000"),
-    "the end, with more behind it": (bytes(1024), "there is more after its end"),
+    "the end, with more behind it": (bytes(1024), "there is data after its end"),
 }
 
 
@@ -232,7 +235,7 @@ def test_no_header_hides_images_or_takes_for_ever(tmp_path, blocks, message):
 
 
 def test_no_header_is_kept(tmp_path):
-    """tarfile keeps those meant for all members."""
+    """tarfile keeps the headers that apply to all members."""
     lines = (f"{8000} {number:07d}=".ljust(7999, "x") + "\n" for number in range(1000))
     blocks = []
     for line in lines:
@@ -251,14 +254,14 @@ def test_no_header_is_kept(tmp_path):
 def test_what_is_no_file_is_not_waited_for(tmp_path):
     folder = write_folder(tmp_path / "pets", files())
     os.mkfifo(folder / "train/cat/9.png")
-    with pytest.raises(UserError, match=r"train/cat/9\.png is no file"):
+    with pytest.raises(UserError, match=r"train/cat/9\.png is not a regular file"):
         load(folder)
 
 
 def test_damage_that_only_the_checksum_shows(tmp_path):
     path = write_tar(tmp_path / "pets.tar", files())
     packed = bytearray(gzip.compress(path.read_bytes(), 0))  # stored, not deflated
-    packed[-8300] ^= 1  # behind the last image, before its block ends
+    packed[-8300] ^= 1  # after the last image, before its block ends
     bad = tmp_path / "bad.tar.gz"
     bad.write_bytes(packed)
     with pytest.raises(UserError, match=r"bad\.tar\.gz"):
@@ -266,11 +269,11 @@ def test_damage_that_only_the_checksum_shows(tmp_path):
 
 
 def test_sources_that_are_not_there(tmp_path):
-    with pytest.raises(UserError, match="neither auto"):
+    with pytest.raises(UserError, match="no such folder or archive, and not auto"):
         load(tmp_path / "missing")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="no images in train"):
         load(tmp_path / "empty")
     (tmp_path / "note.txt").write_text("hello")
-    with pytest.raises(UserError, match="no whole"):
+    with pytest.raises(UserError, match=r"is not a valid \.tar"):
         load(tmp_path / "note.txt")

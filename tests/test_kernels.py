@@ -23,7 +23,7 @@ pytestmark = [pytest.mark.gpu] if DEVICE.type == "cuda" else []
 LAYOUTS = (torch.contiguous_format, torch.channels_last)
 found = [tuple(map(int, m.__version__.split(".")[:2])) for m in (triton, np)]
 apart = DEVICE.type == "cpu" and found[0] < (3, 7) and found[1] >= (2, 4)
-loops = pytest.mark.skipif(apart, reason="this Triton's interpreter loops with numpy < 2.4 only")
+loops = pytest.mark.skipif(apart, reason="this Triton's interpreter needs numpy < 2.4 for loops")
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +36,7 @@ def maps(*shape, layout=torch.channels_last):
 
 
 def assert_same(found, expected, inputs):
-    """Values, and the gradients by every input."""
+    """Values, and gradients with respect to every input."""
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
     weights = torch.randn_like(expected)
     gradients = [torch.autograd.grad(each, inputs, weights) for each in (found, expected)]
@@ -79,11 +79,11 @@ def test_norm(skips, layout):
 
 @loops
 def test_programs_share_rows_that_they_cannot_take_at_once(monkeypatch):
-    if DEVICE.type == "cpu":  # where 128 take seconds
+    if DEVICE.type == "cpu":  # where 128 would take seconds
         monkeypatch.setattr(kernels, "PROGRAMS", triton.language.constexpr(4))
     programs = kernels.PROGRAMS.value
     x, layer = maps(1, 208, 2 * programs + 1, 32), mirror.MirrorNorm(104).to(DEVICE)
-    nn.init.constant_(layer.bias, 9)  # ReLU lets all through: as many terms in each sum
+    nn.init.constant_(layer.bias, 9)  # ReLU passes everything: equally many terms in each sum
     assert kernels._Shape(x, 104).tiles > programs
     assert_same(kernels.norm(layer, x, None), layer.by_pytorch(x), (x, layer.weight, layer.bias))
 
@@ -143,7 +143,7 @@ def test_a_net_learns_the_same(monkeypatch):
     ).to(DEVICE, memory_format=torch.channels_last)
     for layer in plain.modules():
         if isinstance(layer, mirror.MirrorNorm):
-            nn.init.uniform_(layer.weight)  # a branch's last is 0 before training
+            nn.init.uniform_(layer.weight)  # the last of a branch is 0 before training
     net = copy.deepcopy(plain)
     gradients = {}
     for each, chosen in ((plain, None), (net, kernels)):
@@ -190,8 +190,8 @@ net[:-1](torch.randn(2, 3, 32, 32, dtype=torch.bfloat16)).sum().backward()
 @pytest.mark.slow
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="a GPU compiles and runs them")
 def test_every_kernel_compiles_for_a_gpu(tmp_path):
-    """What Triton interprets it need not compile: here it does, for an H100, in bf16, and runs
-    nothing."""
+    """Interpreted kernels are never compiled: here Triton compiles them for an H100, in bf16, and
+    runs nothing."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     command = [sys.executable, "-c", COMPILE]
     root = Path(__file__).parents[1]

@@ -1,4 +1,4 @@
-"""A run killed at any moment and resumed ends as the uninterrupted one: bit for bit."""
+"""A run killed at any moment and resumed ends like the uninterrupted one, bit for bit."""
 
 import random
 import signal
@@ -16,7 +16,7 @@ RUN += ["--net", "net136k", "--rgb-shift", "9", "9", "9", "--rgb-shift-p", "0.5"
 
 
 def outcome(folder):
-    """The trained weights' bytes, and the metrics without what a clock says."""
+    """The trained weights' bytes, and the metrics other than times and speeds."""
     weights, history = checkpoint.load(folder / "model.pt")["state_dict"], timeless(folder)
     assert [line["epoch"] for line in history] == [1, 2, 3, 4]
     return {name: value.numpy().tobytes() for name, value in weights.items()}, history
@@ -31,7 +31,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, run):
-    """An uninterrupted run's outcome, and how many seconds it took, at the second go."""
+    """An uninterrupted run's outcome and its seconds, both from the second of two such runs."""
     folder = tmp_path_factory.mktemp("whole")
     for name in ("first", "second"):
         begin = time.monotonic()

@@ -70,7 +70,7 @@ def test_the_best_device_and_its_precision(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has_bf16, **_: has)
         assert machine.choose_precision("auto", gpu) == chosen
         assert machine.choose_precision("fp32", gpu) == "fp32"
-    with pytest.raises(machine.UserError, match="--precision bf16: this GPU has none"):
+    with pytest.raises(machine.UserError, match="--precision bf16: this GPU does not support it"):
         machine.choose_precision("bf16", gpu)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
@@ -103,7 +103,7 @@ def test_without_a_compiler_for_kernels_pytorchs_own_are_taken(monkeypatch, caps
     monkeypatch.setattr(kernels, "mirrored", Mock(side_effect=RuntimeError("no C compiler\nTry")))
     machine._kernels_on.cache_clear()
     assert [machine.triton_kernels(x) for _ in range(2)] == [None, None]
-    assert capsys.readouterr().err.count("no C compiler; training goes on") == 1
+    assert capsys.readouterr().err.count("no C compiler; training continues") == 1
     monkeypatch.setattr(kernels, "mirrored", Mock(side_effect=RuntimeError("CUDA out of memory")))
     machine._kernels_on.cache_clear()
     with pytest.raises(RuntimeError, match="out of memory"):

@@ -46,7 +46,7 @@ def lines(folder):
 
 
 def timeless(folder):
-    """The metrics without what a clock says."""
+    """The metrics other than times and speeds."""
     clock = ("seconds", "images_per_second")
     return [{key: line[key] for key in line if key not in clock} for line in lines(folder)]
 
@@ -138,7 +138,7 @@ def test_the_saved_net_predicts_what_the_run_did(finished):
 
 
 def test_the_accuracy_averaged_over_mirror_images(tmp_path, monkeypatch, no_pictures):
-    def logits(net, dataset, precision, flip=False):  # wrong; surely right, or less so than wrong
+    def logits(net, dataset, precision, flip=False):  # wrong; with flip right, by more or by less
         right = F.one_hot(dataset.test_labels, 10).float()
         return right * torch.tensor([2.0, 0.5]).repeat(25).view(-1, 1) if flip else -right
 
@@ -168,7 +168,7 @@ def test_what_is_printed_when_piped(finished):
 
 @pytest.fixture
 def orders(monkeypatch):
-    """Of the images: each epoch's, and that of a run's examples."""
+    """The order of the images in each epoch, and in a run's examples."""
     orders, epoch_batches = [], data.epoch_batches
 
     def noting(*args):
@@ -181,7 +181,7 @@ def orders(monkeypatch):
 
 
 def test_another_seed_has_other_weights_and_another_order(tmp_path, no_pictures, orders):
-    """The same seed's is the same run, as tests of --resume show."""
+    """That the same seed gives the same run is shown by the tests of --resume."""
     still = ["--net", "net136k", "--epochs", "1", "--lr", "1e-30", "--weight-decay", "0"]
     for seed in ("0", "1"):
         assert train.main([*SMALL, *still, "--seed", seed, "--out", str(tmp_path / seed)]) == 0
@@ -246,8 +246,8 @@ def test_without_a_network_it_says_so_twice(tmp_path, monkeypatch, capsys, no_pi
     for name in ("config.json", "summary.json"):
         facts = json.loads((tmp_path / "runs/atrous-synthetic-s0" / name).read_text())
         assert facts["data"] == "synthetic"
-    assert train.main(arguments) == 2  # in the default folder a run is as safe as in any
-    assert "runs/atrous-synthetic-s0: a run is there already" in capsys.readouterr().err
+    assert train.main(arguments) == 2  # a run in the default folder is as safe as any other
+    assert "runs/atrous-synthetic-s0: a run already exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -257,7 +257,7 @@ def test_the_last_quarter_is_sharpness_aware(flag, radii, tmp_path, no_pictures,
     prepared, before, make_step = [], [], step.make_step
 
     def noting(training, *settings):
-        assert not any(each() for each in before)  # a CUDA graph's memory is free by then
+        assert not any(each() for each in before)  # a CUDA graph's memory is freed by then
         prepared.append((len(training.history), settings[-1]))
         made = make_step(training, *settings)
         before.append(weakref.ref(made))
@@ -270,7 +270,7 @@ def test_the_last_quarter_is_sharpness_aware(flag, radii, tmp_path, no_pictures,
 
 
 def test_what_a_run_does_not_need_is_not_imported(finished):
-    """Of the pictures' library nothing before the end, and of others nothing at all."""
+    """matplotlib is imported after the data is read; albumentations, onnx, torch._dynamo never."""
     said = (finished[0].parent / "stderr").read_text()
     first, then = (set(re.findall(r"\| +(\S+)$", part, re.M)) for part in said.split("data read"))
     assert "torch" in first
@@ -295,7 +295,7 @@ def test_the_same_bits_again_on_a_gpu(tmp_path, monkeypatch, no_pictures):
 
     def terminated(path, state):
         save(path, state)
-        if len(state.get("history", "")) in (1, 7):  # 7: amid the sharpness-aware epochs
+        if len(state.get("history", "")) in (1, 7):  # 7: between sharpness-aware epochs
             signal.raise_signal(signal.SIGTERM)
 
     with monkeypatch.context() as patch:

@@ -57,7 +57,7 @@ def test_the_floor_by_hand():
     layers = trace(nn.Sequential(first, nn.ReLU(), nn.BatchNorm2d(8), second)).layers
     moved = 10 * (3 + 8) * 1024 + 216, 10 * (8 + 5) * 1024 + 40  # values, at batch 10
     around = 10 * 3 * 1024 * 3 + 5 * 4 * (216 + 16 + 40)  # bytes of augmentation and optimiser
-    passes = 2, 3  # forward, for the weights and, but for images, for the input
+    passes = 2, 3  # forward, weights' gradient and, except for images, input's gradient
     for rate, each in ((1e30, [2 * m for m in moved]), (1.0, [10 * 216 * 1024, 10 * 40 * 1024])):
         expected = sum(p * e for p, e in zip(passes, each, strict=True))
         ceilings = measure.Ceilings(1.0, rate)

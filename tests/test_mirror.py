@@ -9,7 +9,7 @@ from model import build
 def test_mirrored_images_have_the_same_logits():
     net, images = build("atrous", 10).double(), torch.randn(8, 3, 32, 32).double()
     for norm in (module for module in net.modules() if isinstance(module, nn.BatchNorm2d)):
-        nn.init.uniform_(norm.weight, 0.5, 1.5)  # a branch's last is 0 before training
+        nn.init.uniform_(norm.weight, 0.5, 1.5)  # the last of a branch is 0 before training
         nn.init.normal_(norm.bias)
         norm.momentum = 1.0
     for _ in ("trained", "evaluated"):

@@ -47,7 +47,7 @@ def test_every_weight_gets_a_gradient_after_one_step():
     net = build("atrous", 10)
     images, labels = torch.randn(8, 3, 32, 32), torch.arange(8)
     optimizer = torch.optim.SGD(net.parameters(), 0.1)
-    for _ in range(2):  # the branches' last norms start at zero and block their gradient once
+    for _ in range(2):  # the branches' last norms start at zero, which blocks the gradient once
         optimizer.zero_grad()
         nn.functional.cross_entropy(net(images), labels).backward()
         optimizer.step()
@@ -74,10 +74,10 @@ def test_a_net_of_ones_own(tmp_path, monkeypatch, capsys, no_pictures):
     monkeypatch.setattr(model, "NETS", (*model.NETS, "mine"))
     run = [*SMALL, "--net", "mine", "--out", str(tmp_path / "run")]
     assert train.main(run) == 2
-    assert "--net mine: no line of model.py's build makes it" in capsys.readouterr().err
+    assert "--net mine: build() in model.py has no line for it" in capsys.readouterr().err
     monkeypatch.setattr(model, "build", lambda *_: own("mine", 3))
     assert train.main(run) == 2
-    assert "--net mine: gives no logits (N, 10)" in capsys.readouterr().err
+    assert "--net mine: must return logits (N, 10)" in capsys.readouterr().err
     for module in (model, checkpoint):
         monkeypatch.setattr(module, "build", own)
     assert train.main(run) == 0

@@ -1,4 +1,4 @@
-"""Convolutions as a CPU computes them, against PyTorch's own."""
+"""onednn.py's convolutions against PyTorch's own."""
 
 import weakref
 
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 class Convolutions(TorchDispatchMode):
-    """Notes the precision and dilation of those computed, forward and backward."""
+    """Records the precision and dilation of every convolution, forward and backward."""
 
     def __init__(self):
         super().__init__()
@@ -32,7 +32,7 @@ class Convolutions(TorchDispatchMode):
 
 
 def gradients(layer, convolve, x):
-    """Of the output, and of input and parameters in a random direction."""
+    """The output, and the gradients of input and parameters for a random output gradient."""
     inputs = x.contiguous(memory_format=torch.channels_last).requires_grad_()
     y = convolve(inputs)
     direction = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
@@ -135,7 +135,7 @@ def test_what_is_bad_in_bf16_is_computed_in_float32(options, wide):
 
 @pytest.mark.parametrize("name", NETS)
 def test_gradients_in_bf16_are_those_in_float32(name):
-    """Layer by layer, for equal inputs and gradients of outputs."""
+    """Layer by layer, for equal inputs and output gradients."""
     net = build(name, 10)
     convolutions = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
     in_float32 = [m.forward for m in convolutions]

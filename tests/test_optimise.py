@@ -37,7 +37,7 @@ def test_matrices_of_many_shapes_are_made_orthogonal_at_once():
 @pytest.mark.parametrize("momentum", ["0", "0.9"])
 @pytest.mark.parametrize(("outputs", "inputs", "size"), [(24, 32, 1), (32, 24, 1), (16, 3, 3)])
 def test_muon_is_that_of_torch(outputs, inputs, size, momentum):
-    """To the precision of torch's, which iterates in bfloat16."""
+    """Within the precision of torch's, which iterates in bfloat16."""
     flag = ["--schedule", "step", "--lr", "1", "--weight-decay", "0.01", "--momentum", momentum]
     random = torch.Generator().manual_seed(0)
     net = nn.Sequential(*(nn.Conv2d(inputs, outputs, size, bias=False) for _ in range(2)))
@@ -74,7 +74,7 @@ def test_sgd_is_nesterovs():
     optimizer = make_training(net, args, CPU, 9).optimizer
     before, net.bias.grad = net.bias.item(), torch.ones(1)
     optimizer.step()
-    assert net.bias.item() == pytest.approx(before - 1.9)  # the gradient, and 0.9 of its momentum
+    assert net.bias.item() == pytest.approx(before - 1.9)  # the gradient plus 0.9 of its momentum
 
 
 @pytest.mark.parametrize("steps", [*range(2, 10), 1000])

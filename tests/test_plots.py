@@ -68,7 +68,7 @@ def test_mistakes(tmp_path, monkeypatch, wrong):
     labels = np.zeros(50, dtype=int)
     logits = np.zeros((50, 2))
     logits[:, 0] = 1
-    logits[:wrong, 1] = 2 + 0.1 * np.arange(wrong)  # the later, the surer
+    logits[:wrong, 1] = 2 + 0.1 * np.arange(wrong)  # later ones are more confident
     seen = {}
     grid = plots.image_grid
 
@@ -92,7 +92,7 @@ def test_per_class_accuracy_and_calibration(tmp_path, monkeypatch):
         "matplotlib.axes.Axes.set_title", lambda self, text, **_: seen.update(t=text)
     )
     labels = np.array([0] * 8 + [1] * 2)
-    logits = np.log([[0.8, 0.2]] * 10)  # of confidence 80 %, right in 80 %
+    logits = np.log([[0.8, 0.2]] * 10)  # 80 % confident, 80 % correct
     plots.per_class(tmp_path / "classes.png", labels, logits, ["cat", "dog"])
     assert seen["t"] == "expected calibration error 0.0 points"
     logits = np.log([[0.95, 0.05]] * 10)
@@ -151,7 +151,7 @@ class Brightest(nn.Module):
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """A run's folder; test image 1 is green in its lower right corner."""
+    """A run folder; test image 1 is green in its lower right corner."""
     dataset = data.load("synthetic", None, torch.device("cpu"), 100, 60)
     dataset.test_images[1] = 0
     dataset.test_images[1, 1, 20:, 20:] = 255
@@ -178,7 +178,7 @@ def test_grad_cam_lights_up_what_was_predicted(run):
 
 
 @pytest.mark.parametrize(
-    ("net", "first", "last"),  # of the centres of what its units see
+    ("net", "first", "last"),  # of the centres of its units' fields
     [("atrous", 1.5, 29.5), ("net176k", 8, 20), ("net190k", 7, 23), ("net134k", -5.5, 34.5)],
 )
 def test_units_lie_over_what_they_see(net, first, last):
@@ -222,7 +222,7 @@ def test_runs_side_by_side(run, tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "redraw", lambda run, _: checkpoint.load_history(run))
     monkeypatch.chdir(tmp_path)
     assert plots.main([str(run), f"{run}/"]) == 0
-    assert not Path("comparison.png").exists()  # it is one and the same
+    assert not Path("comparison.png").exists()  # both are the same run
     assert plots.main([str(run), "--out", "alone.png"]) == 0
     assert is_picture(Path("alone.png"))
     assert plots.main([str(run), "--out", "alone.pdf"]) == 0
@@ -245,15 +245,15 @@ def test_mistakes_of_the_user_are_one_line(run, capsys):
         return line
 
     assert "--images 60: synthetic has 60 test images" in error(run, "--images", "60")
-    assert "--out a.gif: a picture's name ends in .png" in error(run, "--out", "a.gif")
-    assert "a picture shows 100 at most" in error(run, "--images", *range(50), *range(51))
+    assert "--out a.gif: the file name must end in .png" in error(run, "--out", "a.gif")
+    assert "one picture shows 100 at most" in error(run, "--images", *range(50), *range(51))
     metrics = (run / "metrics.jsonl").read_text()
     for text in ("{}\n", metrics.replace("test_accuracy", "accuracy"), '{"epoch": "x"}\n'):
         (run / "metrics.jsonl").write_text(text)
         assert "metrics.jsonl is damaged" in error(run)
     for shape in ((3, 10), (60,), (60, 9), ()):
         np.save(run / "predictions.npy", np.zeros(shape))
-        assert "predictions.npy is not of" in error(run)
+        assert "predictions.npy does not match" in error(run)
     (run / "predictions.npy").write_bytes(b"no array")
     assert "predictions.npy is damaged" in error(run)
     (run / "metrics.jsonl").write_text("{")

@@ -21,7 +21,7 @@ CLASSES = ["red", "green", "blue"]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run whose net tells the strongest colour: its logits are the channels' means."""
+    """A run whose net finds the strongest colour: its logits are the channels' means."""
     folder = tmp_path_factory.mktemp("run")
     net = build("net136k", 3)
     content = {"net": "net136k", "classes": CLASSES}
@@ -67,7 +67,7 @@ def test_any_size_and_mode(run, tmp_path, capsys):
 
 
 def test_images_are_normalised_as_the_net_was_trained(run, tmp_path, capsys):
-    name = save(tmp_path / "a.png", (143, 127, 127))  # 16 levels brighter, a quarter deviation
+    name = save(tmp_path / "a.png", (143, 127, 127))  # 16 levels brighter: a quarter of std
     _, results, _ = classified(capsys, run, name)
     assert results[name][0]["probability"] == pytest.approx(np.e / (np.e + 2))
 
@@ -97,7 +97,7 @@ def test_what_the_net_gets():
 
 def test_the_central_square_is_resized_with_anti_aliasing():
     wide = np.zeros((64, 128, 3), dtype=np.uint8)
-    wide[:, :32], wide[:, 96:] = 255, 255  # outside of the central square
+    wide[:, :32], wide[:, 96:] = 255, 255  # outside the central square
     assert pixels(Image.fromarray(wide))[:, 1:-1].max() < 30
     checks = (np.indices((320, 320)).sum(0) % 2 * 255).astype(np.uint8)
     grey = pixels(Image.fromarray(checks))
@@ -109,7 +109,7 @@ def test_exif_rotation_is_honoured():
     image.paste((255, 255, 255), (0, 0, 64, 32))  # the upper half
     exif = Image.Exif()
     exif[274] = 6  # turn by 90° clockwise
-    strange = b"Exif\0\0II*\0\x08\0\0\0\2\0"  # its unit of resolution is text
+    strange = b"Exif\0\0II*\0\x08\0\0\0\2\0"  # with text as its unit of resolution
     strange += struct.pack("<HHIIHHI4sI", 274, 3, 1, 6, 296, 2, 2, b"x", 0)
     for kind in (exif, strange):
         turned = pixels(image, exif=kind, quality=95)
@@ -144,7 +144,7 @@ def test_closed_standard_input_is_skipped(run, capsys, monkeypatch):
 
 
 def test_as_a_command(run, tmp_path):
-    """The net itself, in a process of its own; a name that is not UTF-8."""
+    """With the real net, in a separate process, and a file name that is not UTF-8."""
     name = os.fsencode(tmp_path) + b"/\xff.png"
     Path(os.fsdecode(save(tmp_path / "a.png", (250, 9, 9)))).rename(os.fsdecode(name))
     command = [sys.executable, "predict.py", str(run), name, "--device", "cpu"]
@@ -166,7 +166,7 @@ def test_a_folder_without_images_is_skipped(run, tmp_path, capsys):
     good = save(tmp_path / "good.png", (9, 250, 9))
     status, results, error = classified(capsys, run, tmp_path / "notes", good)
     assert (status, list(results)) == (1, [good])
-    assert error == f"skipped: {tmp_path / 'notes'}: no image in that folder\n"
+    assert error == f"skipped: {tmp_path / 'notes'}: no images in that folder\n"
 
 
 def test_a_bad_file_is_skipped(run, tmp_path, capsys):
@@ -180,7 +180,7 @@ def test_a_bad_file_is_skipped(run, tmp_path, capsys):
     assert first.startswith(f"skipped: {tmp_path}/b\\x1bad.png: ")
     assert "gone.png" in second
     bad.write_bytes(b"no image")
-    said = f"skipped: {tmp_path}/b\\x1bad.png: of no known format\n"
+    said = f"skipped: {tmp_path}/b\\x1bad.png: unknown image format\n"
     assert classified(capsys, run, bad)[2] == said
 
 
@@ -197,11 +197,11 @@ def test_what_would_start_a_program_or_is_hidden_is_not_read(run, tmp_path, caps
     (tmp_path / "d.jpg").write_bytes(b"".join(iptc))  # holds a.jpg
     assert predict.main([str(run), str(tmp_path / "a.jpg"), str(tmp_path)]) == 1
     skipped = capsys.readouterr().err.splitlines()
-    assert skipped == [f"skipped: {tmp_path}/{x}.jpg: of no known format" for x in "aad"]
+    assert skipped == [f"skipped: {tmp_path}/{x}.jpg: unknown image format" for x in "aad"]
 
 
 def test_what_decodes_to_too_much_is_skipped(run, tmp_path, capsys, monkeypatch, recwarn):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # Pillow warns from there on
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)  # Pillow warns above this
     large = save(tmp_path / "large.png", (9, 250, 9), size=(150, 100))
     larger = save(tmp_path / "larger.png", (9, 250, 9), size=(150, 150))
     status, results, error = classified(capsys, run, large, larger)

@@ -1,4 +1,4 @@
-"""Two processes train one net as one would: gloo on the CPU."""
+"""Two processes train one net as a single one would, with gloo on the CPU."""
 
 import io
 import json
@@ -44,7 +44,7 @@ def pair(tmp_path_factory, run):
 
 
 def test_every_image_is_seen_once_an_epoch(pair):
-    for first in range(0, 12, 3):  # three batches an epoch, the last one sharpness-aware
+    for first in range(0, 12, 3):  # three batches an epoch; the last epoch is sharpness-aware
         batches = slice(first, first + 3)
         seen = torch.cat([batch for rank in pair[1] for batch in rank["seen"][batches]])
         assert len(seen) == 120
@@ -77,7 +77,7 @@ def test_the_processes_have_the_same_net_after_each_epoch(pair):
 
 
 def test_two_processes_learn_what_one_does(tmp_path):
-    """From images that are all the same, so that any share of a batch has its statistics."""
+    """The images are all the same, so any share of a batch has the batch's statistics."""
     noise = np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8)
     Image.fromarray(noise).save(file := io.BytesIO(), "PNG")
     archive = write_tar(tmp_path / "noise.tar", dict.fromkeys(files(train=40), file.getvalue()))
@@ -149,7 +149,7 @@ def test_process_0_goes_first(monkeypatch):
 
 @pytest.mark.slow
 def test_three_processes_resumed_end_with_the_same_bits(tmp_path, run):
-    """With two, any order of the sums gives the same."""
+    """With only two, any order of summation gives the same result."""
     flags = [*run, "--batch-size", "60", "--epochs", "3", "--out"]
     assert together(3, [*flags, tmp_path / "whole"], tmp_path) == [0] * 3
     processes = joined(3, [*flags, tmp_path / "ended"], tmp_path)
@@ -189,7 +189,7 @@ def test_sigterm_to_one_process_ends_both(tmp_path, run):
 
 @pytest.mark.slow
 def test_torchrun_and_a_process_that_dies(tmp_path, run):
-    """torchrun ends the job with an error, and one process goes on with it."""
+    """torchrun ends the job with an error, and a single process resumes it."""
     folder = tmp_path / "run"
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
     command += ["--standalone", "train.py", *run, "--epochs", "12", "--out", str(folder)]

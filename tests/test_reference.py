@@ -25,7 +25,7 @@ def loader(images, labels, workers=2, policy=POLICY):
 
 
 def numbered(count):
-    """Images that all look alike, labelled with their number."""
+    """Identical images, labelled with their number."""
     return shapes(1, seed=0)[0].repeat(count, 1, 1, 1), torch.arange(count)
 
 
@@ -68,10 +68,10 @@ def test_the_seed_decides(workers):
 
 
 def test_workers_leave_sigterm_to_the_run():
-    """It is sent to all processes of a job; the run ends its epoch first, with their images."""
+    """It goes to all processes of a job; the run first ends its epoch, for which it needs them."""
     others = multiprocessing.active_children()
     batches = iter(loader(*numbered(500)))
-    next(batches), next(batches)  # one of each
+    next(batches), next(batches)  # one from each worker
     workers = [each for each in multiprocessing.active_children() if each not in others]
     assert len(workers) == 2
     for worker in workers:
@@ -121,9 +121,9 @@ def test_no_process_waits_for_workers_left_by_an_error():
 
 
 def test_flip_and_hole_are_independent():
-    """albumentations' own seeding gives every transform the same stream from each seed on."""
+    """albumentations' own seeding would give every transform the same random stream."""
     image = torch.zeros(1, 3, 32, 32, dtype=torch.uint8)
-    image[:, :, :, 0] = 255  # a bright first column: moved by a flip alone
+    image[:, :, :, 0] = 255  # a bright first column: only a flip moves it
     policy = Policy(flip_p=0.5, affine_p=0, cutout_p=0.5)
     dataset = loader(image, torch.zeros(1), policy=policy).dataset
     seen = []

@@ -1,4 +1,4 @@
-"""A run gone on with, from outside: its flags, its data, its seeds."""
+"""Resuming a run, from outside: its flags, its data, its seeds."""
 
 import json
 import re
@@ -24,7 +24,7 @@ import train
     ("number", "status", "word", "moment"),
     [
         (signal.SIGINT, 130, "interrupted", (report, "write_history")),
-        (signal.SIGTERM, 143, "terminated", (step, "predict_logits")),  # the epoch still ends
+        (signal.SIGTERM, 143, "terminated", (step, "predict_logits")),  # the epoch still finishes
     ],
 )
 def test_ended_and_resumed_is_as_if_nothing_had_been(
@@ -66,7 +66,7 @@ def test_ended_behind_its_last_epoch(finished, tmp_path, monkeypatch, capsys, no
     with monkeypatch.context() as patch:
         patch.setattr(train.report, "write_outcome", lambda *_: signal.raise_signal(number))
         assert train.main(["--resume", str(folder)]) == 128 + number
-    assert f": --resume {folder} goes on" in capsys.readouterr().err
+    assert f": --resume {folder} continues" in capsys.readouterr().err
     assert train.main(["--resume", str(folder)]) == 0
     after = (json.loads(text) for text in (before, (folder / "summary.json").read_text()))
     assert len({each["final_accuracy"] for each in after}) == 1
@@ -89,7 +89,10 @@ def test_a_run_from_before_a_flag(finished, tmp_path, capsys):
     del config["flags"]["sam"]
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert train.main(["--resume", str(tmp_path)]) == 2
-    assert "config.json is of another atrous, for its sam: use that" in capsys.readouterr().err
+    assert (
+        "config.json is from another version of atrous (flags differ: sam): use that"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_recipe_is_recorded_and_resumed(tmp_path, capsys, no_pictures):
@@ -116,7 +119,7 @@ def test_a_resumed_run_keeps_its_data(finished, tmp_path, capsys):
     anew = ["--data-dir", str(tmp_path), "--workers", "0", "--device", "auto"]
     assert train.main(["--resume", str(folder), *anew]) == 0
     config = json.loads((folder / "config.json").read_text())
-    assert config["flags"]["data_dir"] == str(tmp_path)  # where export.py, say, is to look for it
+    assert config["flags"]["data_dir"] == str(tmp_path)  # where export.py, say, will look for it
 
 
 def test_a_resumed_run_keeps_its_images_and_labels(tmp_path, no_pictures, capsys):
@@ -141,7 +144,7 @@ def test_a_resumed_run_keeps_its_images_and_labels(tmp_path, no_pictures, capsys
     folders[0].rename(tmp_path / "moved")
     folders[3].rename(folders[0])
     assert plots.main([str(out)]) == 2
-    assert "pets has other images or classes by now" in capsys.readouterr().err
+    assert "the images or classes of pets have changed" in capsys.readouterr().err
 
 
 def test_the_checkpoint_of_another_run(finished, tmp_path, capsys):
@@ -151,7 +154,7 @@ def test_the_checkpoint_of_another_run(finished, tmp_path, capsys):
         other = config | {"flags": config["flags"] | {flag: value}}
         (folder / "config.json").write_text(json.dumps(other))
         assert train.main(["--resume", str(folder)]) == 2
-        assert "last.pt and config.json are of different runs" in capsys.readouterr().err
+        assert "last.pt and config.json are from different runs" in capsys.readouterr().err
     assert (folder / "last.pt").read_bytes() == (finished[0] / "last.pt").read_bytes()
 
 
@@ -163,7 +166,7 @@ def test_before_its_first_checkpoint_too(finished, tmp_path, capsys, no_pictures
     assert train.main(["--resume", str(tmp_path / "run"), "--data", str(other)]) == 2
     error = capsys.readouterr().err
     assert "that run trains on 60 images" in error
-    assert error.endswith(f"; let --data name its own, {json.loads(config)['data']}\n")
+    assert error.endswith(f"; point --data at its own data set, {json.loads(config)['data']}\n")
     assert (tmp_path / "run/config.json").read_text() == config
     assert train.main(["--resume", str(tmp_path / "run")]) == 0
     assert checkpoint.load_config(tmp_path / "run")["flags"] == json.loads(config)["flags"]
@@ -173,7 +176,7 @@ def test_before_its_first_checkpoint_too(finished, tmp_path, capsys, no_pictures
 def test_another_process_at_the_same_run(finished, capsys, monkeypatch):
     with train.alone_in(finished[0]):
         assert train.main(["--resume", str(finished[0])]) == 2
-        assert f"{finished[0]}: another process is at this run" in capsys.readouterr().err
+        assert f"{finished[0]}: in use by another process" in capsys.readouterr().err
         monkeypatch.setattr(train, "fcntl", None)  # as on Windows, which has no such locks
         assert train.main(["--resume", str(finished[0])]) == 0
     monkeypatch.undo()
@@ -196,7 +199,7 @@ def test_a_run_that_has_ended_stays_as_it_is(finished, capsys):
     folder, _ = finished
     before = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
     assert train.main(["--resume", str(folder)]) == 0
-    assert "has ended already, after epoch 2" in capsys.readouterr().out
+    assert "has already finished, after epoch 2" in capsys.readouterr().out
     after = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
     changed = {name for name in after if after[name] != before.get(name)}
     assert changed <= {"metrics.jsonl", "config.json"}
@@ -207,7 +210,7 @@ def test_results_without_a_checkpoint_stay_as_they_are(finished, tmp_path, capsy
     (folder / "last.pt").unlink()
     before = {file.name: file.read_bytes() for file in folder.iterdir()}
     assert train.main(["--resume", str(folder)]) == 0
-    assert "has ended already, after epoch 2" in capsys.readouterr().out
+    assert "has already finished, after epoch 2" in capsys.readouterr().out
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
     assert train.main(["--resume", str(folder), "--data-dir", "elsewhere"]) == 0
     assert checkpoint.load_config(folder)["flags"]["data_dir"] == "elsewhere"
@@ -240,7 +243,7 @@ def test_repeats(tmp_path, capsys, no_pictures):
     assert train.main([*arguments, "--seed", "9"]) == 2
     assert train.main([*SMALL, "--out", str(folder)]) == 2
     errors = capsys.readouterr().err.splitlines()
-    assert sum(f"--resume {folder} goes on with it" in line for line in errors) == 2
+    assert sum(f"--resume {folder} continues it" in line for line in errors) == 2
     assert not (folder / "s9").exists()
     before = (folder / "config.json").read_text()
     other = write_tar(tmp_path / "pets.tar", files(train=60))
@@ -255,7 +258,7 @@ def test_repeats(tmp_path, capsys, no_pictures):
 def test_repeats_go_on_with_no_run_that_is_another(finished, tmp_path, capsys):
     shutil.copytree(finished[0], tmp_path / "s1")
     assert train.main([*SMALL, "--repeat", "2", "--out", str(tmp_path)]) == 2
-    assert f"--out {tmp_path}/s1: a run is there already" in capsys.readouterr().err
+    assert f"--out {tmp_path}/s1: a run already exists" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["s1"]
 
 
@@ -274,11 +277,11 @@ def test_seeds_that_were_interrupted(tmp_path, monkeypatch, capsys, no_pictures)
     with monkeypatch.context() as patch:
         patch.setattr(epochs, "run_epoch", interrupted)
         assert train.main([*arguments, str(folder)]) == 130
-    assert f"--resume {folder} goes on" in capsys.readouterr().err.splitlines()[-1]
+    assert f"--resume {folder} continues" in capsys.readouterr().err.splitlines()[-1]
     with monkeypatch.context() as patch:
         patch.setattr(epochs, "run_epoch", Mock(side_effect=OSError("the disk is full")))
         assert train.main(["--resume", str(folder)]) == 2
-    assert f"the disk is full; --resume {folder} goes on" in capsys.readouterr().err
+    assert f"the disk is full; --resume {folder} continues" in capsys.readouterr().err
     assert train.main([*arguments, str(folder)]) == 2
     before = (folder / "s0/metrics.jsonl").read_text()
     choose, asked = train.choose_precision, []
@@ -290,7 +293,7 @@ def test_seeds_that_were_interrupted(tmp_path, monkeypatch, capsys, no_pictures)
     monkeypatch.setattr(train, "choose_precision", noting)
     assert train.main(["--resume", str(folder)]) == 0
     chosen = checkpoint.load_config(whole / "s0")["flags"]["precision"]
-    assert asked == [chosen, chosen, "auto"]  # what has begun keeps it, on another device too
+    assert asked == [chosen, chosen, "auto"]  # begun runs keep theirs, on another device too
     assert (folder / "s0/metrics.jsonl").read_text() == before
     both = [checkpoint.load_summary(each) for each in (whole, folder)]
     assert both[0]["final_accuracy"] == both[1]["final_accuracy"]

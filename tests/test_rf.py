@@ -55,7 +55,7 @@ def test_effective_field_is_the_mean_over_images():
 
 @pytest.fixture
 def run(tmp_path):
-    """A run's folder with an untrained net in it."""
+    """A run folder with an untrained net."""
     net = build("net136k", 10)
     content = {"net": "net136k", "state_dict": net.state_dict()}
     content |= {"classes": list("abcdefghij"), "mean": [0.0] * 3, "std": [1.0] * 3}
@@ -77,7 +77,7 @@ def test_effective_field_of_a_run(run, capsys):
 def test_effective_field_of_a_known_net(run, capsys, monkeypatch):
     net = nn.Sequential(nn.Conv2d(3, 1, 41, padding=20), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     rows = net[0].weight.data.fill_(1).squeeze(0)
-    rows[:, 0], rows[:, 1] = 0.04, 0.5  # beside the image; the first is under 4.55 %
+    rows[:, 0], rows[:, 1] = 0.04, 0.5  # outside the image; the first is under 4.55 %
     monkeypatch.setattr(checkpoint, "load_net", lambda _: (net, {"net": "box"}))
     assert rf.main(["--effective", str(run)]) == 0
     printed = capsys.readouterr().out
@@ -109,10 +109,10 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
 
     assert "--net: invalid choice: 'resnet' (choose from" in error("--net", "resnet")
     assert "--jason" in error("--jason")
-    assert "model.pt is not there" in error("--effective", tmp_path / "nowhere")
+    assert "model.pt does not exist" in error("--effective", tmp_path / "nowhere")
     assert "not allowed with argument" in error("--effective", run, "--json")
     assert "--net net150k: the run in" in error("--effective", run, "--net", "net150k")
     shutil.move(run / "config.json", run / "config.bak")
-    assert "config.json is not there" in error("--effective", run)
+    assert "config.json does not exist" in error("--effective", run)
     (run / "config.json").write_text('{"flags": {}}')
     assert "config.json is damaged" in error("--effective", run)

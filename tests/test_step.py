@@ -30,7 +30,7 @@ def test_what_the_net_sees():
     assert torch.equal(plain, normal)
     hole = replace(NOTHING, cutout_p=1)
     cut = step.prepared(dataset.train_images, hole, dataset.mean, dataset.std)
-    assert ((cut == 0).all(1).flatten(1).sum(1) >= 16 * 16).all()  # the mean's colour
+    assert ((cut == 0).all(1).flatten(1).sum(1) >= 16 * 16).all()  # the mean colour
     grey = replace(NOTHING, cutout_p=1, fill=100)
     cut = step.prepared(dataset.train_images, grey, dataset.mean, dataset.std)
     level = cut * dataset.std.view(-1, 1, 1) + dataset.mean.view(-1, 1, 1)
@@ -43,7 +43,7 @@ def test_what_the_net_sees():
     assert (shifted != normal).flatten(1).any(1).float().mean() > 0.9
     moved = Policy(flip_p=0, affine_p=1, shift=0, scale=0, rotate=45, cutout_p=0, border="constant")
     corners = step.prepared(dataset.train_images, moved, dataset.mean, dataset.std)[..., 0, 0]
-    assert (corners.abs() < 1e-5).all(1).float().mean() > 0.5  # outside, of the mean's colour
+    assert (corners.abs() < 1e-5).all(1).float().mean() > 0.5  # outside: the mean colour
     one, other = (
         step.prepared(dataset.train_images, Policy(), dataset.mean, dataset.std) for _ in range(2)
     )
@@ -137,7 +137,7 @@ def test_a_gradient_of_zero_leads_nowhere():
 
 
 class Mirror(nn.Module):
-    """Logits that tell the left half's brightness from the right half's."""
+    """Logits that are the brightness of the left half and of the right half."""
 
     def forward(self, x):
         return torch.stack([x[..., :16].mean((1, 2, 3)), x[..., 16:].mean((1, 2, 3))], dim=1)
@@ -175,7 +175,7 @@ def test_an_fp16_overflow_is_skipped_and_counted(radius):
 @pytest.mark.parametrize("extra", [[], ["--optimizer", "sgd", "--border", "constant"]])
 @pytest.mark.parametrize("radius", [0.0, 0.1])
 def test_a_step_reads_nothing_on_the_host(extra, radius, monkeypatch):
-    """As no CUDA graph can: tensors of the device `meta` have no values to be read."""
+    """As a CUDA graph requires: tensors on the device `meta` have no values to read."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # which `meta` lacks
     colours = ["--rgb-shift", "9", "9", "9", "--rgb-shift-p", "0.5"]
     args = flags.parse_flags(["--precision", "fp32", *colours, *extra])
@@ -193,7 +193,7 @@ def test_a_step_reads_nothing_on_the_host(extra, radius, monkeypatch):
 
 
 def learner(argv, radius=0.0, device="cuda"):
-    """Two batches, a Training of seven epochs of them and its step."""
+    """Two batches, a Training for seven epochs of them, and its step."""
     base = ["--net", "net136k", "--batch-size", "32", "--epochs", "7", "--precision", "fp32"]
     args = flags.parse_flags([*base, *argv])
     device = torch.device(device)
@@ -206,7 +206,7 @@ def learner(argv, radius=0.0, device="cuda"):
 
 
 def learnt(batches, training, take_step):
-    """Rates and losses of 14 steps, beyond the first drop of `step`; the state they end in."""
+    """Rates and losses of 14 steps, past the first drop of `step`, and the final state."""
     training.net.train()
     losses, rates = [], []
     for number in range(14):
@@ -227,7 +227,7 @@ def test_eager_steps_are_no_graph(monkeypatch):
 
 
 class Tape(TorchDispatchMode):
-    """Repeats operations with the memory and numbers they first had, as a CUDA graph does."""
+    """Repeats operations with the same memory and numbers as at first, like a CUDA graph."""
 
     def __init__(self):
         super().__init__()

@@ -66,7 +66,7 @@ def test_training_goes_on_epoch_after_epoch():
 
 
 def test_a_layer_by_itself_does_what_it_does_in_the_net(dataset, monkeypatch):
-    """Each forward and backward runs; the layer's input is what the net gives it, in its type."""
+    """Each forward and backward runs, on the input and dtype that the layer has in the net."""
     settings = ways.settings("net176k", 16, "bf16", "--dropout", "0")
     names = [layer.name for layer in trace(model.build("net176k", 10)).layers]
     seen = []
@@ -82,6 +82,6 @@ def test_a_layer_by_itself_does_what_it_does_in_the_net(dataset, monkeypatch):
     for job, images in phases.values():
         job()
         assert images == 16
-    assert seen[0] == ((32, 3, 3, 3), torch.bfloat16)  # the images themselves want no gradient
+    assert seen[0] == ((32, 3, 3, 3), torch.bfloat16)  # the images themselves need no gradient
     assert seen[1] == ((16, 32, 32, 32), torch.bfloat16)
     assert len(seen) == len(names)

@@ -33,7 +33,7 @@ def published_rows(name):
 
 
 def rows_of(net):
-    """Kind, output and parameters of every layer, in the order in which they are called."""
+    """Kind, output and parameters of every layer, in the order of their calls."""
     rows = []
 
     def note(module, inputs, output):
@@ -70,7 +70,7 @@ def test_logits_and_gradients(name):
     net = build(name, 4)
     logits = net(torch.randn(8, 3, 32, 32))
     assert logits.shape == (8, 4)
-    assert (logits < 0).any()  # no activation, no softmax behind the classifier
+    assert (logits < 0).any()  # no activation or softmax after the classifier
     nn.functional.cross_entropy(logits, torch.arange(8) % 4).backward()
     assert all(p.grad.abs().sum() > 0 for p in net.parameters())
 
@@ -108,7 +108,7 @@ def test_a_recipe_sets_what_was_published_and_flags_win():
 
 @pytest.mark.parametrize("name", KNOWN)
 def test_a_recipe_is_within_the_flags_own_bounds(name):
-    """Every published value, given as a flag, is taken and comes out as the recipe has it."""
+    """Every published value is accepted as a flag and parsed to what the recipe has."""
     argv = []
     for flag, value in zoo.RECIPES[name].flags.items():
         argv += [
