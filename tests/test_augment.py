@@ -353,3 +353,12 @@ def test_gpu_equals_cpu(images, params, border, monkeypatch):
     expected = ours(images, params, border)
     assert (result - expected).abs().max() <= 0.01
     assert torch.equal(result[exact(params)], expected[exact(params)])
+
+
+def test_a_gpu_which_computes_all_keeps_those_drawn(monkeypatch):
+    images, drawn = torch.rand(9, 3, 4, 4), torch.arange(9) % 2 > 0
+    expected = augment._where(drawn, torch.neg, images.clone())
+    monkeypatch.setattr(torch.Tensor, "device", torch.device("cuda"))
+    found = augment._where(drawn, torch.neg, images)
+    monkeypatch.undo()
+    assert torch.equal(found, expected)

@@ -50,6 +50,7 @@ def briefly(monkeypatch):
     def one_more(*jobs, **_):
         return [{"name": "long" * 20, "count": 10.0, "seconds": 1.5}, *kernels(*jobs, rounds=1)]
 
+    monkeypatch.setattr(bench, "CORES", 2)
     monkeypatch.setattr(bench.ways, "BATCH", 32)
     monkeypatch.setattr(bench.measure, "rates", two_a_second)
     monkeypatch.setattr(bench.measure, "phase_seconds", a_millisecond)

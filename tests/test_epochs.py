@@ -91,7 +91,9 @@ def test_an_epochs_figures_are_those_of_its_steps(dataset):
     args = flags.parse_flags(["--batch-size", "8"])
     training = make_training(nn.Conv2d(3, 4, 3), args, torch.device("cpu"), 7)
     training.optimizer.step()
+    training.net.eval()  # as every evaluation leaves it
     figures = iter(torch.tensor([[loss, 4, loss == 3] for loss in range(1, 8)], dtype=torch.float))
     line = epochs.train_epoch(training, lambda *_: next(figures), dataset, args, Mock())
+    assert training.net.training
     assert (line["train_loss"], line["train_accuracy"], line["skipped_steps"]) == (4, 0.5, 1)
     assert line["images_per_second"] == pytest.approx(56 / line["seconds"])

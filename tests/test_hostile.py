@@ -290,6 +290,7 @@ def test_configurations(tmp_path, capsys):
         "strange": False,
     }.items():
         (tmp_path / "config.json").write_text(json.dumps({"flags": flags | {name: value}}))
-        assert ends_in_one_line(["--resume", tmp_path], capsys), name
+        assert train.main(["--resume", str(tmp_path)]) == 2, name
+        assert "config.json is" in capsys.readouterr().err, name
     (tmp_path / "config.json").write_text("[" * 200_000)
     assert ends_in_one_line(["--resume", tmp_path], capsys)

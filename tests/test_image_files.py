@@ -10,7 +10,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from test_data import files, load, png, write_folder, write_tar
 
 import image_files
@@ -32,6 +32,10 @@ def test_cache_is_used_until_the_source_changes(tmp_path, monkeypatch):
     load(folder)
     (folder / "train/cat/new.png").write_bytes(png((1, 2, 3)))
     assert len(load(folder).train_images) == 9
+    os.utime(folder / "train/cat/new.png", (0, 0))  # another image of as many bytes, say
+    monkeypatch.setattr(image_files, "_decode", Mock(side_effect=UserError("decoded again")))
+    with pytest.raises(UserError, match="decoded again"):
+        load(folder)
 
 
 def test_damaged_or_forbidden_cache_is_no_obstacle(tmp_path, capsys, monkeypatch):
@@ -55,6 +59,19 @@ def test_damaged_or_forbidden_cache_is_no_obstacle(tmp_path, capsys, monkeypatch
 
 
 # What is read
+
+
+@pytest.mark.parametrize("turn", range(1, 9))
+def test_every_orientation_is_pillows(turn, tmp_path):
+    noise = np.random.default_rng(0).integers(256, size=(5, 7, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = turn
+    Image.fromarray(noise).save(tmp_path / "a.png", exif=exif)
+    ours, pillows = (
+        turned(Image.open(tmp_path / "a.png"))
+        for turned in (image_files.to_rgb, ImageOps.exif_transpose)
+    )
+    assert np.array_equal(ours, pillows)
 
 
 def test_images_of_any_mode_are_read_as_predict_reads_them(tmp_path):
@@ -213,8 +230,8 @@ def header(kind=tarfile.REGTYPE, size=None, **pax):
 
 SPARSE = {f"GNU.sparse.{key}": value for key, value in zip(("major", "minor"), "10", strict=True)}
 HEADERS = {
-    "as far back as its own": (header(size=b"-0000001000\0"), "claims -512 bytes"),
-    "further back": (header(size=b"-0000003000\0"), "claims -1,536 bytes"),
+    "as far back as its own": (header(size=b"-0000001000\0"), "claims -512 bytes|invalid offset"),
+    "further back": (header(size=b"-0000003000\0"), "claims -1,536 bytes|invalid offset"),
     "sparse": (header(tarfile.GNUTYPE_SPARSE), "sparse files are not supported"),
     "sparse by pax": (
         header(**SPARSE, **{"GNU.sparse.name": "x"}),

@@ -14,18 +14,9 @@ from mirror import MirrorPool
 from model import Residual, build
 
 
-@pytest.fixture(scope="module")
-def net():
-    torch.manual_seed(0)
-    return build("atrous", 10)
-
-
-def convolutions(net):
-    return [module for module in net.modules() if isinstance(module, nn.Conv2d)]
-
-
-def test_the_default_net_is_what_it_promises(net):
-    convs = convolutions(net)
+def test_the_default_net_is_what_it_promises():
+    net = build("atrous", 10)
+    convs = [module for module in net.modules() if isinstance(module, nn.Conv2d)]
     assert sum(p.numel() for p in net.parameters()) == 186_858 < 200_000
     assert rf.receptive_field(net) == 90 > 44
     assert round(trace(net).multiply_adds / 1e6, 1) == 52.1

@@ -65,7 +65,7 @@ def test_a_first_step_that_the_scaler_skips_is_nothing_to_warn_of(recwarn):
     training.scaler.update()
     training.scheduler.step()
     assert net.weight.isfinite().all()
-    assert not recwarn.list
+    assert not [each for each in recwarn if "lr_scheduler" in str(each.message)]
 
 
 def test_sgd_is_nesterovs():
@@ -90,7 +90,7 @@ def test_onecycle_rises_and_falls_to_zero_however_short_the_run(steps):
         training.scheduler.step()
     assert rates[-1] < 1e-5
     if steps > 100:
-        assert 0.49 < max(rates) == max(rates[: steps // 4 + 1])
+        assert 0.49 < max(rates) == rates[steps // 4 - 1]
 
 
 def test_a_run_of_one_step_learns():

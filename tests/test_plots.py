@@ -134,7 +134,7 @@ def test_names_of_any_length_and_script(tmp_path, recwarn):
     plots.confusion(tmp_path / "confusion.png", labels, logits, names)
     plots.per_class(tmp_path / "classes.png", labels, logits, names)
     assert is_picture(tmp_path / "confusion.png")
-    assert not recwarn.list
+    assert not [each for each in recwarn if "Glyph" in str(each.message)]
 
 
 class Brightest(nn.Module):
