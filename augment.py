@@ -1,6 +1,7 @@
 """Augmentation as batched tensor ops: *sample* every image's parameters, then *apply* them.
 
-The semantics are those of albumentations 2.0.8 with OpenCV 5, checked in tests/test_augment.py.
+The semantics are those of albumentations 2.0.8 with OpenCV 5, checked in tests/test_augment.py and
+tests/test_sample.py.
 Images are (N, C, W, W), in any unit; W = 32 in this project.
 """
 
