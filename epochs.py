@@ -153,5 +153,6 @@ def keep(training: Training, args: Namespace, folder: Path) -> None:
 
 def sam_radius(args: Namespace, epoch: int) -> float:
     """The radius of sharpness-aware steps, 0 before a run's last quarter: confined to it they help
-    as much as throughout (Zhou et al. 2024, arxiv.org/abs/2410.10373), at a quarter of the cost."""
+    nearly as much as throughout (Zhou et al. 2024, arxiv.org/abs/2410.10373), at a quarter of the
+    cost."""
     return args.sam if epoch > args.epochs - args.epochs // 4 else 0.0
