@@ -3,22 +3,7 @@
 from torch import Tensor, nn
 
 import zoo
-from common import UserError
 from mirror import MirrorNorm, MirrorPool, mirrored
-
-NETS = ("atrous", *zoo.TABLES)
-
-
-def build(name: str, num_classes: int, dropout: float = 0.0) -> nn.Module:
-    """The net `name`, giving logits (N, num_classes) for images (N, 3, 32, 32).
-
-    Raises UserError for a name that no line here builds.
-    """
-    if name == "atrous":
-        return atrous(num_classes, dropout)
-    if name in zoo.TABLES:
-        return zoo.build(name, num_classes, dropout)
-    raise UserError(f"--net {name}: build() in model.py has no line for it")
 
 
 def conv(inputs: int, outputs: int, kernel: int, **options: int) -> nn.Conv2d:
@@ -76,3 +61,11 @@ def atrous(num_classes: int, dropout: float) -> nn.Sequential:
         nn.Dropout(dropout),
         nn.Linear(104, num_classes),
     )
+
+
+NETS = {"atrous": atrous, **zoo.NETS}
+
+
+def build(name: str, num_classes: int, dropout: float = 0.0) -> nn.Module:
+    """The net `name`, giving logits (N, num_classes) for images (N, 3, 32, 32)."""
+    return NETS[name](num_classes, dropout)

@@ -18,7 +18,8 @@ from model import build
 @pytest.fixture
 def arguments(tmp_path, monkeypatch, no_pictures):
     """Two nets, few images, small batches; results go to the test's own folder."""
-    monkeypatch.setattr(bench.model, "NETS", ("atrous", "net136k"))
+    two = {name: bench.model.NETS[name] for name in ("atrous", "net136k")}
+    monkeypatch.setattr(bench.model, "NETS", two)
     parser = bench.flags.make_parser()
     parser.set_defaults(batch_size=32)
     monkeypatch.setattr(bench.flags, "make_parser", lambda: copy.deepcopy(parser))

@@ -48,7 +48,7 @@ def rows_of(net):
 
 
 def test_there_are_five():
-    assert set(zoo.TABLES) == set(zoo.RECIPES) == set(KNOWN)
+    assert set(zoo.NETS) == set(zoo.RECIPES) == set(KNOWN)
 
 
 @pytest.mark.parametrize("name", KNOWN)
