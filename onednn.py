@@ -98,19 +98,5 @@ def precisely(
     wrong = dilation != (1, 1) and stride == (1, 1) and layer.in_channels % 16
     if not (slow or wrong):
         return convolution(x)
-    wide = x.float()
-    address, version = wide.data_ptr(), x._version
-
-    def narrowed(saved: Tensor) -> Tensor:  # save x, which is kept anyway, for `wide`
-        return x if saved.data_ptr() == address else saved
-
-    def widened(kept: Tensor) -> Tensor:
-        if kept is x and x._version != version:  # PyTorch's own check does not see x here
-            raise RuntimeError("a convolution's input changed in place before its backward pass")
-        return kept.float()
-
-    with (
-        torch.autocast(x.device.type, enabled=False),
-        torch.autograd.graph.saved_tensors_hooks(narrowed, widened),
-    ):
-        return convolution(wide).to(x.dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        return convolution(x.float()).to(x.dtype)
