@@ -3,7 +3,6 @@
 import http.client
 import socket
 import sys
-import tempfile
 import urllib.error
 import zlib
 from dataclasses import dataclass
@@ -99,10 +98,10 @@ def _read(source: str, data_dir: Path) -> tuple[str, list[str], Splits]:
         try:
             return _cifar10(data_dir)
         except NETWORK_ERRORS as error:
-            if source == "cifar10":
+            if source == "cifar10" or any(data_dir.glob("cifar-10-*")):  # a damaged copy
                 raise UserError(
-                    f"--data cifar10: no copy in {data_dir}, and the download failed ({error}); "
-                    "try --data synthetic, or a folder or archive of images"
+                    f"--data {source}: no whole copy in {data_dir}, and the download failed "
+                    f"({error}); try --data synthetic, or a folder or archive of images"
                 ) from error
             print(f"warning: CIFAR-10 could not be downloaded: {error}", file=sys.stderr)
     if source in ("auto", "synthetic"):
@@ -144,49 +143,23 @@ NETWORK_ERRORS = (urllib.error.URLError, TimeoutError, ConnectionError, http.cli
 
 
 def _cifar10(data_dir: Path) -> tuple[str, list[str], Splits]:
-    """Raises one of NETWORK_ERRORS if there is no local copy and the download fails."""
+    """Torchvision checks every file's MD5 sum, and downloads or unpacks what is missing or damaged.
+    Raises one of NETWORK_ERRORS if it cannot download."""
     from torchvision.datasets import CIFAR10
 
-    if not (data_dir / CIFAR10.base_folder).exists():
-        _fetch_cifar10(data_dir)
-    splits = {}
-    for split in ("train", "test"):
-        try:
-            part = CIFAR10(data_dir, train=split == "train", download=False)
-        except Exception as error:  # a pickle can fail in any way
-            raise UserError(
-                f"{data_dir / CIFAR10.base_folder} is an incomplete or damaged CIFAR-10 ({error}): "
-                "delete that folder to download it again"
-            ) from error
-        images = torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous()
-        splits[split] = images, torch.tensor(part.targets)
-    return "cifar10", part.classes, splits
-
-
-def _fetch_cifar10(data_dir: Path) -> None:
-    """Unpack the archive in `data_dir`, or a download, into `data_dir`, whole or not at all."""
-    from torchvision.datasets import CIFAR10
-    from torchvision.datasets.utils import check_integrity, extract_archive
-
-    archive = data_dir / CIFAR10.filename
-    if archive.exists() and not check_integrity(archive, CIFAR10.tgz_md5):
-        raise UserError(f"{archive} has the wrong MD5 sum: delete it to download it again")
-    timeout = socket.getdefaulttimeout()
+    folder, timeout = data_dir.absolute(), socket.getdefaulttimeout()  # it would expand a tilde
     socket.setdefaulttimeout(NETWORK_TIMEOUT)
     try:
-        data_dir.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=data_dir.absolute(), prefix=".download-") as folder:
-            if archive.exists():
-                extract_archive(archive, folder)
-            else:
-                CIFAR10(folder, download=True)
-            (Path(folder) / CIFAR10.base_folder).replace(data_dir / CIFAR10.base_folder)
+        parts = [CIFAR10(folder, train=train, download=train) for train in (True, False)]
     except RuntimeError as error:  # what torchvision raises for a wrong MD5 sum
         raise UserError(f"the CIFAR-10 download is damaged ({error}): try again") from error
     except NETWORK_ERRORS:
         raise
     except OSError as error:
-        if not (data_dir / CIFAR10.base_folder).exists():  # another run may have been faster
-            raise UserError(f"--data-dir {data_dir} cannot be written to: {error}") from error
+        raise UserError(f"--data-dir {data_dir} cannot be used: {error}") from error
     finally:
         socket.setdefaulttimeout(timeout)
+    images = [torch.from_numpy(part.data).permute(0, 3, 1, 2).contiguous() for part in parts]
+    labels = [torch.tensor(part.targets) for part in parts]
+    train, test = zip(images, labels, strict=True)
+    return "cifar10", parts[0].classes, {"train": train, "test": test}
