@@ -29,7 +29,7 @@ import report
 import step
 import trials
 import ways
-from common import Parser, UserError, exit_status, first_line, require
+from common import Parser, UserError, first_line, require, with_exit_status
 from machine import (
     DEVICES,
     choose_device,
@@ -288,53 +288,49 @@ def bench_all(args: Namespace, argv: list[str]) -> None:
         job(args, argv)
 
 
-def main(argv: list[str]) -> int:
-    """The exit status: 0, 2 for a user's mistake, 130 for Ctrl-C, 143 for SIGTERM."""
+@with_exit_status
+def main(argv: list[str]) -> None:
+    parser = Parser(prog="bench.py", description=__doc__.partition("\n")[0])
+    what = parser.add_subparsers(required=True, metavar="WHAT")
+    count = flags.number(int, 1)
 
-    def job() -> None:
-        parser = Parser(prog="bench.py", description=__doc__.partition("\n")[0])
-        what = parser.add_subparsers(required=True, metavar="WHAT")
-        count = flags.number(int, 1)
+    def add(name: str, bench: Callable[[Namespace, list[str]], None], text: str) -> Parser:
+        each = what.add_parser(name, help=text)
+        each.set_defaults(bench=bench)
+        each.add_argument("--data", default="auto", help="as for train.py")
+        each.add_argument("--device", choices=DEVICES, default="auto")
+        return each
 
-        def add(name: str, bench: Callable[[Namespace, list[str]], None], text: str) -> Parser:
-            command = what.add_parser(name, help=text)
-            command.set_defaults(bench=bench)
-            command.add_argument("--data", default="auto", help="as for train.py")
-            command.add_argument("--device", choices=DEVICES, default="auto")
-            return command
-
-        epoch = add("epoch", bench_epoch, "time an epoch, its phases and the alternatives")
-        layers = add("layers", bench_layers, "time each layer against its floor")
-        kernels = add("kernels", bench_kernels, "list a step's kernels by time")
-        add("augment", bench_augment, "images augmented per second, by ours and other libraries")
-        startup = add("startup", bench_startup, "time from process start to first step and end")
-        everything = add("all", bench_all, "all of the above")
-        for command in (epoch, layers, kernels, startup, everything):
-            command.add_argument("--net", choices=model.NETS, default="atrous")
-        for command in (epoch, everything):
-            command.add_argument("--batch-size", type=count, nargs="+")
-        for command in (startup, everything):
-            command.add_argument("--epochs", type=count, help="default: 40 on a GPU, else 1")
-        several: dict[str, Any] = {"nargs": "+", "default": [8, 15, 40, 100]}
-        for variants, epochs, text in (
-            (trials.nets, {"default": 40}, "train the default net and the published ones"),
-            (trials.recipes, {"default": 40}, "the same, each with its own recipe"),
-            (trials.ingredients, {"default": 40}, "leave out one part of the recipe at a time"),
-            (trials.lengths, several, "train for each number of --epochs"),
-        ):
-            name = variants.__name__
-            command = add(name, bench_trainings, text)
-            command.set_defaults(variants=variants)
-            command.add_argument("--epochs", type=count, **epochs)
-            command.add_argument("--repeat", type=count, default=1, help="seeds for each")
-            command.add_argument(
-                "--out", metavar="DIR", default=f"runs/{name}", help="folder for the runs"
-            )
-        args = parser.parse_args(argv)
-        keep_freed_memory()
-        args.bench(args, argv)
-
-    return exit_status(job)
+    epoch = add("epoch", bench_epoch, "time an epoch, its phases and the alternatives")
+    layers = add("layers", bench_layers, "time each layer against its floor")
+    kernels = add("kernels", bench_kernels, "list a step's kernels by time")
+    add("augment", bench_augment, "images augmented per second, by ours and other libraries")
+    startup = add("startup", bench_startup, "time from process start to first step and end")
+    everything = add("all", bench_all, "all of the above")
+    for each in (epoch, layers, kernels, startup, everything):
+        each.add_argument("--net", choices=model.NETS, default="atrous")
+    for each in (epoch, everything):
+        each.add_argument("--batch-size", type=count, nargs="+")
+    for each in (startup, everything):
+        each.add_argument("--epochs", type=count, help="default: 40 on a GPU, else 1")
+    several: dict[str, Any] = {"nargs": "+", "default": [8, 15, 40, 100]}
+    for variants, epochs, text in (
+        (trials.nets, {"default": 40}, "train the default net and the published ones"),
+        (trials.recipes, {"default": 40}, "the same, each with its own recipe"),
+        (trials.ingredients, {"default": 40}, "leave out one part of the recipe at a time"),
+        (trials.lengths, several, "train for each number of --epochs"),
+    ):
+        name = variants.__name__
+        each = add(name, bench_trainings, text)
+        each.set_defaults(variants=variants)
+        each.add_argument("--epochs", type=count, **epochs)
+        each.add_argument("--repeat", type=count, default=1, help="seeds for each")
+        each.add_argument(
+            "--out", metavar="DIR", default=f"runs/{name}", help="folder for the runs"
+        )
+    args = parser.parse_args(argv)
+    keep_freed_memory()
+    args.bench(args, argv)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """How a command ends, and files written whole or not at all."""
 
 import argparse
+import functools
 import importlib.util
 import io
 import os
@@ -41,9 +42,10 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message)
 
 
-def exit_status(job: Callable[[], None]) -> int:
-    """Run `job`; its exit status: 0; 2 for a user's mistake, a full disk or full memory, 130 for
-    Ctrl-C, 143 for SIGTERM, each with a line on stderr; 141 if nobody reads on, as in `| head`."""
+def exit_status(job: Callable[[], int | None]) -> int:
+    """Run `job`; its status: its own, or 0; 2 for a user's mistake, a full disk or full memory,
+    130 for Ctrl-C, 143 for SIGTERM, each with a line on stderr; 141 if nobody reads on, as in
+    `| head`."""
 
     def end(*_: object) -> NoReturn:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut the ending short
@@ -55,7 +57,7 @@ def exit_status(job: Callable[[], None]) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")
     previous = signal.signal(signal.SIGTERM, end)
     try:
-        job()
+        status = job() or 0
         sys.stdout.flush()
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
@@ -78,7 +80,12 @@ def exit_status(job: Callable[[], None]) -> int:
         return 143
     finally:
         signal.signal(signal.SIGTERM, previous)
-    return 0
+    return status
+
+
+def with_exit_status(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], int]:
+    """A file's `main` as its command, which ends as `exit_status` says."""
+    return functools.wraps(main)(lambda argv: exit_status(lambda: main(argv)))
 
 
 def printable(text: str) -> str:

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrize
 
 import checkpoint
 import data
-from common import SIZE, Parser, UserError, exit_status, require, written_whole
+from common import SIZE, Parser, UserError, require, with_exit_status, written_whole
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -210,17 +210,13 @@ def median_seconds(classify: Callable[[np.ndarray], np.ndarray], images: np.ndar
     return statistics.median(timeit.repeat(lambda: classify(images), repeat=10, number=1)[1:])
 
 
-def main(argv: list[str]) -> int:
-    """The exit status: 0, or 2 for a user's mistake."""
-
-    def job() -> None:
-        parser = Parser(prog="export.py", description="Export a trained net to ONNX.")
-        parser.add_argument("run", metavar="RUN", type=Path, help="run folder")
-        parser.add_argument("--int8", action="store_true", help="write a quantised int8 model too")
-        args = parser.parse_args(argv)
-        export(args.run, args.int8)
-
-    return exit_status(job)
+@with_exit_status
+def main(argv: list[str]) -> None:
+    parser = Parser(prog="export.py", description="Export a trained net to ONNX.")
+    parser.add_argument("run", metavar="RUN", type=Path, help="run folder")
+    parser.add_argument("--int8", action="store_true", help="write a quantised int8 model too")
+    args = parser.parse_args(argv)
+    export(args.run, args.int8)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 
 import checkpoint
 import data
-from common import SIZE, Parser, UserError, exit_status, written_whole
+from common import SIZE, Parser, UserError, with_exit_status, written_whole
 from fields import Fields
 
 Panel = tuple[str, np.ndarray, np.ndarray, np.ndarray]
@@ -294,29 +294,25 @@ def redraw(run: Path, numbers: list[int] | None) -> list[dict[str, Any]]:
     return history
 
 
-def main(argv: list[str]) -> int:
-    """The exit status: 0, or 2 for a user's mistake."""
-
-    def job() -> None:
-        parser = Parser(prog="plots.py", description="Redraw runs' pictures and compare runs.")
-        parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders")
-        parser.add_argument(
-            "--images", type=int, nargs="+", help="test image numbers for Grad-CAM; after RUN"
-        )
-        parser.add_argument("--out", type=Path, help="comparison picture (default: comparison.png)")
-        args = parser.parse_args(argv)
-        out = args.out or Path("comparison.png")
-        if out.suffix not in KINDS:
-            raise UserError(f"--out {out}: the file name must end in {', '.join(KINDS)}")
-        histories = {}
-        for run in dict.fromkeys(args.runs):
-            histories[named(run)] = redraw(run, args.images)
-            print(f"drawn: {run}/*.png")
-        if len(histories) > 1 or args.out:
-            comparison(out, histories)
-            print(f"drawn: {out}")
-
-    return exit_status(job)
+@with_exit_status
+def main(argv: list[str]) -> None:
+    parser = Parser(prog="plots.py", description="Redraw runs' pictures and compare runs.")
+    parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders")
+    parser.add_argument(
+        "--images", type=int, nargs="+", help="test image numbers for Grad-CAM; after RUN"
+    )
+    parser.add_argument("--out", type=Path, help="comparison picture (default: comparison.png)")
+    args = parser.parse_args(argv)
+    out = args.out or Path("comparison.png")
+    if out.suffix not in KINDS:
+        raise UserError(f"--out {out}: the file name must end in {', '.join(KINDS)}")
+    histories = {}
+    for run in dict.fromkeys(args.runs):
+        histories[named(run)] = redraw(run, args.images)
+        print(f"drawn: {run}/*.png")
+    if len(histories) > 1 or args.out:
+        comparison(out, histories)
+        print(f"drawn: {out}")
 
 
 def named(run: Path) -> str:

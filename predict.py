@@ -21,7 +21,7 @@ from torch import Tensor, nn
 import checkpoint
 import data
 import step
-from common import SIZE, Parser, exit_status, printable
+from common import SIZE, Parser, printable, with_exit_status
 from flags import number
 from image_files import is_hidden, to_rgb, why_unreadable
 from machine import DEVICES, choose_device
@@ -113,22 +113,20 @@ def classify(args: Namespace, failed: list[str]) -> None:
         print(f"{name:<{width}}", *cells, sep="  ")
 
 
+@with_exit_status
 def main(argv: list[str]) -> int:
-    """The exit status: 0, 1 where a file was skipped, 2 for a user's mistake."""
+    """The exit status is 1 where a file was skipped."""
+    parser = Parser(prog="predict.py", description="Classify images with a trained net.")
+    parser.add_argument("run", metavar="RUN", type=Path, help="run folder")
+    parser.add_argument(
+        "images", metavar="IMAGE", nargs="+", help="image files, folders, or - for stdin"
+    )
+    parser.add_argument("--top", type=number(int, 1), default=3, help="classes per image")
+    parser.add_argument("--json", action="store_true", help="print JSON only")
+    parser.add_argument("--device", choices=DEVICES, default="auto")
     failed: list[str] = []
-
-    def job() -> None:
-        parser = Parser(prog="predict.py", description="Classify images with a trained net.")
-        parser.add_argument("run", metavar="RUN", type=Path, help="run folder")
-        parser.add_argument(
-            "images", metavar="IMAGE", nargs="+", help="image files, folders, or - for stdin"
-        )
-        parser.add_argument("--top", type=number(int, 1), default=3, help="classes per image")
-        parser.add_argument("--json", action="store_true", help="print JSON only")
-        parser.add_argument("--device", choices=DEVICES, default="auto")
-        classify(parser.parse_args(argv), failed)
-
-    return exit_status(job) or int(bool(failed))
+    classify(parser.parse_args(argv), failed)
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import model
-from common import SIZE, Parser, UserError, exit_status
+from common import SIZE, Parser, UserError, with_exit_status
 from graph import trace
 
 
@@ -118,26 +118,20 @@ def show_effective(run: Path) -> None:
     )
 
 
-def main(argv: list[str]) -> int:
-    """The exit status: 0, or 2 for a user's mistake."""
-
-    def job() -> None:
-        parser = Parser(prog="rf.py", description="Receptive field of a net, layer by layer.")
-        parser.add_argument("--net", choices=model.NETS, help="net to list (default: atrous)")
-        either = parser.add_mutually_exclusive_group()
-        either.add_argument("--json", action="store_true", help="print JSON only")
-        either.add_argument("--effective", metavar="RUN", type=Path, help="effective field of RUN")
-        args = parser.parse_args(argv)
-        if args.effective and args.net:
-            raise UserError(
-                f"--net {args.net}: the run in {args.effective} has its own; omit --net"
-            )
-        if args.effective:
-            show_effective(args.effective)
-        else:
-            show_layers(args.net or "atrous", args.json)
-
-    return exit_status(job)
+@with_exit_status
+def main(argv: list[str]) -> None:
+    parser = Parser(prog="rf.py", description="Receptive field of a net, layer by layer.")
+    parser.add_argument("--net", choices=model.NETS, help="net to list (default: atrous)")
+    either = parser.add_mutually_exclusive_group()
+    either.add_argument("--json", action="store_true", help="print JSON only")
+    either.add_argument("--effective", metavar="RUN", type=Path, help="effective field of RUN")
+    args = parser.parse_args(argv)
+    if args.effective and args.net:
+        raise UserError(f"--net {args.net}: the run in {args.effective} has its own; omit --net")
+    if args.effective:
+        show_effective(args.effective)
+    else:
+        show_layers(args.net or "atrous", args.json)
 
 
 if __name__ == "__main__":

@@ -36,10 +36,10 @@ from common import (
     SIZE,
     Terminated,
     UserError,
-    exit_status,
     first_line,
     going_on,
     is_out_of_memory,
+    with_exit_status,
 )
 from flags import describe_recipe, identity, parse_flags
 from machine import (
@@ -320,10 +320,10 @@ def repeat(args: Namespace, command: str, dataset: data.Dataset) -> None:
             report.write_repeats(base, summaries)
 
 
-def main(argv: list[str]) -> int:
-    """The exit status: 0; 2 for a user's mistake (one line on stderr); 130 for Ctrl-C; 143 for
-    SIGTERM, which takes effect after the current epoch has ended and its checkpoint is written."""
-    return exit_status(lambda: run_all(parse_flags(argv), argv))
+@with_exit_status
+def main(argv: list[str]) -> None:
+    """SIGTERM takes effect after the current epoch has ended and its checkpoint is written."""
+    run_all(parse_flags(argv), argv)
 
 
 if __name__ == "__main__":
