@@ -61,13 +61,13 @@ class Layer:
 class Trace:
     """What a net is made of. `receptive_field` (y, x) and `fields` are those of the map that enters
     its global pooling, or of its output if nothing is pooled; `features` computes that map from
-    images, `head` the net's output from that map."""
+    images, `both` that map and the net's output."""
 
     layers: list[Layer]
     receptive_field: tuple[int, int]
     fields: Fields
     features: fx.GraphModule
-    head: fx.GraphModule
+    both: fx.GraphModule
 
     @property
     def multiply_adds(self) -> int:
@@ -124,25 +124,19 @@ def trace(module: nn.Module, input_shape: tuple[int, int, int] = (3, 32, 32)) ->
         raise UserError("receptive field: the net's output does not depend on its input's pixels")
     # The largest; among equals, the last.
     last = max(reversed(pooled), key=lambda n: max(_size(fields[n], _shape(n))))
-    return Trace(layers, _size(fields[last], _shape(last)), fields[last], *_cut(graph, last.name))
+    features, both = (_returning(graph, last.name, and_output) for and_output in (False, True))
+    return Trace(layers, _size(fields[last], _shape(last)), fields[last], features, both)
 
 
-def _cut(graph: fx.GraphModule, name: str) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """The graph up to and including the node `name`, and the graph after it."""
-    before, behind = copy.deepcopy(graph), copy.deepcopy(graph)
-    *_, output = before.graph.nodes
-    output.args = (next(node for node in before.graph.nodes if node.name == name),)
-    last = next(node for node in behind.graph.nodes if node.name == name)
-    images = next(node for node in behind.graph.nodes if node.op == "placeholder")
-    with behind.graph.inserting_after(images):
-        last.replace_all_uses_with(behind.graph.placeholder("maps"))
-    for part in (before, behind):
-        part.graph.eliminate_dead_code()
-    if not images.users:
-        behind.graph.erase_node(images)
-    for part in (before, behind):
-        part.recompile()
-    return before, behind
+def _returning(graph: fx.GraphModule, name: str, and_output: bool) -> fx.GraphModule:
+    """A copy of `graph` that returns the value of the node `name`, alone or with its own output."""
+    copied = copy.deepcopy(graph)
+    value = next(node for node in copied.graph.nodes if node.name == name)
+    output = copied.graph.output_node()
+    output.args = ((value, *output.args),) if and_output else (value,)
+    copied.graph.eliminate_dead_code()
+    copied.recompile()
+    return copied
 
 
 def _fields_behind(

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -159,30 +160,30 @@ def peak_memory(device: torch.device) -> int:
     return int(status[status.index("VmHWM:") + 1]) * 1024
 
 
-# train.py as a user starts it, but it notes the end of its first step and its peak memory.
-CHILD = """
-import json, sys, time
-import torch
-import measure, step, train
+def noted_run(argv: list[str]) -> int:
+    """train.py as a user starts it; its last line on stdout is JSON: when its first step ended, and
+    its peak memory."""
+    import train
 
-make_step, noted = step.make_step, {}
+    make_step, noted = step.make_step, {}
 
-def noting(*args):
-    take_step = make_step(*args)
-    def noting_the_first(*batch):
-        figures = take_step(*batch)
-        if not noted:
-            figures.cpu()
-            noted["first_step_at"] = time.time()
-        return figures
-    return noting_the_first
+    def noting(*args: object) -> step.Step:
+        take_step = make_step(*args)
 
-step.make_step = noting
-status = train.main(sys.argv[1:])
-noted["peak_memory_bytes"] = measure.peak_memory(torch.device("cpu"))
-print(json.dumps(noted))
-sys.exit(status)
-"""
+        def noting_the_first(*batch: Tensor) -> Tensor:
+            figures = take_step(*batch)
+            if not noted:
+                figures.cpu()
+                noted["first_step_at"] = time.time()
+            return figures
+
+        return noting_the_first
+
+    step.make_step = noting
+    status = train.main(argv)
+    noted["peak_memory_bytes"] = peak_memory(torch.device("cpu"))
+    print(json.dumps(noted))
+    return status
 
 
 def whole_run(argv: list[str], cache_home: str) -> dict[str, float]:
@@ -191,7 +192,8 @@ def whole_run(argv: list[str], cache_home: str) -> dict[str, float]:
     path = os.pathsep.join(filter(None, (str(Path(__file__).parent), os.environ.get("PYTHONPATH"))))
     environment = os.environ | {"XDG_CACHE_HOME": cache_home, "PYTHONPATH": path}
     environment["TRITON_CACHE_DIR"] = str(Path(cache_home, "triton"))
-    command = [sys.executable, "-P", "-c", CHILD, *argv]  # -P: no modules of the current folder
+    program = "import sys, measure; sys.exit(measure.noted_run(sys.argv[1:]))"
+    command = [sys.executable, "-P", "-c", program, *argv]  # -P: no modules of the current folder
     start = time.time()
     child = subprocess.run(command, env=environment, capture_output=True, text=True)
     total = time.time() - start

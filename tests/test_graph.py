@@ -84,6 +84,19 @@ def pooled_by(pool):
     return Wrap(lambda m, x: m.b(pool(m.a(x))), conv(3, 4, 7), nn.Linear(4, 2))
 
 
+@pytest.mark.parametrize("packed", [lambda y: (y, 2 * y), lambda y: {"logits": y}])
+def test_a_net_may_return_more_than_a_tensor(packed):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.convolution = nn.Conv2d(3, 4, 5)
+
+        def forward(self, x):
+            return packed(self.convolution(x).mean((2, 3)))
+
+    assert trace(Net()).receptive_field == (5, 5)
+
+
 @pytest.mark.parametrize(
     "net",
     [
@@ -102,7 +115,7 @@ def test_the_field_is_that_of_the_global_poolings_input(net):
     images = torch.randn(2, 3, 32, 32)
     maps = traced.features(images)
     assert maps.shape[2:] == (32, 32)
-    torch.testing.assert_close(traced.head(maps), net.eval()(images))
+    torch.testing.assert_close(traced.both(images), (maps, net.eval()(images)))
     assert traced.layers[0].receptive_field == (7, 7)
     assert traced.layers[-1].receptive_field is None
 
