@@ -139,7 +139,7 @@ def run_epochs(training: Training, dataset: data.Dataset, args: Namespace, folde
                 training.elapsed += time.perf_counter() - begun
             run_epoch(training, take_step, dataset, args, bar)
             ranks.by_main(partial(keep, training, args, folder))
-            if ranks.any_says(asked_to_end.is_set()):
+            if any(ranks.gathered(asked_to_end.is_set())):
                 raise Terminated
 
 

@@ -4,7 +4,6 @@ Each holds the whole data set and computes its share of every batch; the gradien
 BatchNorm normalises by each process's own share. With one process, all of this does nothing.
 """
 
-import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from common import UserError
 
-S = TypeVar("S", range, Tensor)
+S, T = TypeVar("S", range, Tensor), TypeVar("T")
 
 
 def rank() -> int:
@@ -62,7 +61,7 @@ def by_main(job: Callable[[], object]) -> None:
             job()
     except (UserError, OSError) as error:
         failed = error
-    if any_says(failed is not None):
+    if any(gathered(failed is not None)):
         raise failed or UserError("process 0 failed")
 
 
@@ -96,21 +95,12 @@ def total(tensor: Tensor) -> Tensor:
     return tensor
 
 
-def summed(number: int) -> int:
-    """The sum of `number` over the processes."""
-    on_gpus = count() > 1 and dist.get_backend() == "nccl"
-    return int(total(torch.tensor(number, device="cuda" if on_gpus else "cpu")))
-
-
-def any_says(word: bool) -> bool:
-    """Whether `word` is true in any of the processes."""
-    return summed(int(word)) > 0
-
-
-def differ(text: str) -> bool:
-    """Whether `text` differs between processes."""
-    own = zlib.crc32(text.encode())
-    return any_says(summed(own) != count() * own)
+def gathered(own: T) -> list[T]:
+    """Every process's `own`, in the order of their ranks."""
+    found = [own] * count()
+    if count() > 1:
+        dist.all_gather_object(found, own)
+    return found
 
 
 def own_streams() -> None:

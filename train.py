@@ -205,7 +205,7 @@ def run_folder(args: Namespace, data_name: str) -> Path:
 
 def refuse_existing(folder: Path) -> None:
     there = [name for name in report.FILES if (folder / name).exists()]
-    if ranks.any_says(bool(there)):
+    if any(ranks.gathered(bool(there))):
         way = f"{going_on(folder, 'it')}, or " if "config.json" in there else ""
         found = there[0] if there and not way else "a run"
         raise UserError(f"--out {folder}: {found} already exists; {way}choose another --out")
@@ -275,7 +275,7 @@ def run_seeds(args: Namespace, argv: list[str], device: torch.device) -> None:
     start = time.perf_counter()
     with ranks.main_first():
         dataset = data.load(args.data, Path(args.data_dir), device, args.train_images, args.holdout)
-    if ranks.differ(dataset.checksum):
+    if len(set(ranks.gathered(dataset.checksum))) > 1:
         raise UserError(f"--data {args.data}: the processes read different images; try again")
     if ranks.rank() == 0:
         print(f"data read in {time.perf_counter() - start:.1f} s", file=sys.stderr)
