@@ -4,9 +4,12 @@ Each holds the whole data set and computes its share of every batch; the gradien
 BatchNorm normalises by each process's own share. With one process, all of this does nothing.
 """
 
+import os
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -36,7 +39,8 @@ def joined(device: torch.device) -> Iterator[None]:
     backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     patience = timedelta(hours=1)  # for the others, while process 0 downloads and decodes
     dist.init_process_group(backend, timeout=patience, device_id=own)
-    yield
+    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere if rank() else sys.stdout):
+        yield
     dist.destroy_process_group()
 
 

@@ -6,23 +6,17 @@ Only the net's own arithmetic should cost time: the data set lies on the device,
 and augmented there, and the host reads the figures back once an epoch.
 """
 
-import os
 import shlex
 import sys
 import time
 from argparse import Namespace
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-
-try:
-    import fcntl
-except ModuleNotFoundError:  # on Windows
-    fcntl = None
 
 import checkpoint
 import data
@@ -51,6 +45,77 @@ from machine import (
     versions,
 )
 from optimise import Training, make_training
+from run_folders import (
+    alone_in,
+    note_source,
+    refuse_existing,
+    refuse_other_images,
+    run_folder,
+    write_config,
+)
+
+
+def run_all(argv: list[str]) -> None:
+    """Do all that the flags ask for. SIGTERM takes effect after the current epoch, whose checkpoint
+    is written first."""
+    args = parse_flags(argv)
+    device = choose_device(args.device)
+    with ranks.joined(device):
+        run_seeds(args, argv, device)
+
+
+def run_seeds(args: Namespace, argv: list[str], device: torch.device) -> None:
+    """Load the images, then train on them: one seed, or several with --repeat."""
+    if args.out and not args.resume:
+        refuse_existing(Path(args.out))
+    be_deterministic(args.deterministic)
+    keep_freed_memory()
+    start = time.perf_counter()
+    with ranks.main_first():
+        dataset = data.load(args.data, Path(args.data_dir), device, args.train_images, args.holdout)
+    if len(set(ranks.gathered(dataset.checksum))) > 1:
+        raise UserError(f"--data {args.data}: the processes read different images; try again")
+    if ranks.rank() == 0:
+        print(f"data read in {time.perf_counter() - start:.1f} s", file=sys.stderr)
+    command = shlex.join(["python", "train.py", *argv])
+    if not args.resume:
+        refuse_existing(run_folder(args, dataset.name))
+    else:
+        config = checkpoint.load_config(Path(args.resume))
+        refuse_other_images(config, dataset, args)
+        command = config.get("command", command)  # the one that began the run
+    if args.repeat == 1:
+        run(args, command, dataset, start)
+    else:
+        repeat(args, command, dataset)
+    if args.data == "auto" and dataset.name == "synthetic":
+        print("warning: CIFAR-10 was not available; all results above are on synthetic images")
+
+
+def repeat(args: Namespace, command: str, dataset: data.Dataset) -> None:
+    """Train one run per seed, each in its own folder, and report their mean. With --resume, runs
+    that exist already are resumed."""
+    base = run_folder(args, dataset.name)
+    folders = {seed: base / f"s{seed}" for seed in range(args.seed, args.seed + args.repeat)}
+    if not args.resume:
+        for folder in folders.values():
+            refuse_existing(folder)
+    with alone_in(base):
+        if args.resume:
+            note_source(base, dataset, args)
+        else:
+            facts = {"data": dataset.name, "images": dataset.checksum, "command": command}
+            write_config(base, {"flags": vars(args), **facts})
+        summaries, way_on = [], going_on(base, "this seed and the rest")
+        for seed, folder in folders.items():
+            own = {"seed": seed, "repeat": 1, "out": str(folder), "resume": None}
+            if (folder / "last.pt").exists():
+                precision = checkpoint.load_config(folder)["flags"]["precision"]  # as it was chosen
+                own |= {"resume": str(folder), "precision": precision}
+            each = Namespace(**vars(args) | own)
+            summaries.append(run(each, command, dataset, time.perf_counter(), way_on))
+        if ranks.rank() == 0:
+            report.write_repeats(base, summaries)
 
 
 def run(
@@ -81,16 +146,15 @@ def run(
     folder = run_folder(args, dataset.name)
     way_on = way_on or going_on(folder)
     with alone_in(folder), ending_in_one_line(args, device, way_on):
+        if (folder / "summary.json").exists():
+            note_source(folder, dataset, args)
+            print(f"{folder} has already finished, after epoch {args.epochs}")
+            return checkpoint.load_summary(folder)
         if args.resume and (folder / "last.pt").exists():
             resume(training, folder, dataset, args)
             start -= training.elapsed
-        elif not (folder / "summary.json").exists():
-            write_config(folder, {"flags": vars(args) | {"resume": None}, **facts})
         else:
-            note_source(folder, dataset, args)
-        if (folder / "summary.json").exists():
-            print(f"{folder} has already finished, after epoch {args.epochs}")
-            return checkpoint.load_summary(folder)
+            write_config(folder, {"flags": vars(args) | {"resume": None}, **facts})
         report.announce(facts, dataset, folder)
         if args.recipe is not None:
             print(describe_recipe(args))
@@ -145,31 +209,21 @@ def facts_of(
     }
 
 
-@contextmanager
-def alone_in(folder: Path) -> Iterator[None]:
-    """Lock a run's folder, created if missing, against other processes that would write there.
-    Raises UserError if one has locked it; the DataLoader workers of a killed run keep its lock for
-    another five seconds. Windows and some network file systems have no such locks."""
-    with ExitStack() as held:
-
-        def hold() -> None:
-            try:
-                folder.mkdir(parents=True, exist_ok=True)
-                if fcntl is None:
-                    return
-                handle = os.open(folder, os.O_RDONLY)
-            except OSError as error:
-                raise UserError(f"--out {folder} cannot be written to: {error}") from error
-            held.callback(os.close, handle)
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"{folder}: in use by another process; wait or stop it") from error
-            except OSError:
-                pass
-
-        ranks.by_main(hold)
-        yield
+def resume(training: Training, folder: Path, dataset: data.Dataset, args: Namespace) -> None:
+    """Restore `training` to where the run in `folder` stopped; record where its images lie now."""
+    state, ours = checkpoint.load(folder / "last.pt"), identity(args)
+    if state.get("run") != ours:
+        raise UserError(f"--resume {folder}: last.pt and config.json are from different runs")
+    try:
+        training.load_state(state)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise UserError(
+            f"{folder}/last.pt does not fit this version of atrous: {first_line(error)}; "
+            "use the version that wrote it"
+        ) from error
+    note_source(folder, dataset, args)
+    if ranks.rank() == 0:
+        report.write_history(folder, training.history)
 
 
 @contextmanager
@@ -199,132 +253,7 @@ def ending_in_one_line(args: Namespace, device: torch.device, way_on: str) -> It
         ) from error
 
 
-def run_folder(args: Namespace, data_name: str) -> Path:
-    return Path(args.resume or args.out or f"runs/{args.net}-{data_name}-s{args.seed}")
-
-
-def refuse_existing(folder: Path) -> None:
-    there = [name for name in report.FILES if (folder / name).exists()]
-    if any(ranks.gathered(bool(there))):
-        way = f"{going_on(folder, 'it')}, or " if "config.json" in there else ""
-        found = there[0] if there and not way else "a run"
-        raise UserError(f"--out {folder}: {found} already exists; {way}choose another --out")
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"--out {folder} is not a folder")
-
-
-def refuse_other_images(config: dict[str, Any], dataset: data.Dataset, args: Namespace) -> None:
-    if config.get("images") != dataset.checksum:
-        raise UserError(
-            f"--resume {args.resume}: that run trains on {config.get('images')}, "
-            f"not {dataset.name}'s {dataset.checksum}; "
-            f"point --data at its own data set, {config.get('data')}"
-        )
-
-
-def write_config(folder: Path, config: dict[str, Any]) -> None:
-    def write() -> None:
-        try:
-            report.write_json(folder / "config.json", config)
-        except OSError as error:
-            raise UserError(f"{folder} cannot be written to: {error}") from error
-
-    ranks.by_main(write)
-
-
-def resume(training: Training, folder: Path, dataset: data.Dataset, args: Namespace) -> None:
-    """Restore `training` to where the run in `folder` stopped; record where its images lie now."""
-    state, ours = checkpoint.load(folder / "last.pt"), identity(args)
-    if state.get("run") != ours:
-        raise UserError(f"--resume {folder}: last.pt and config.json are from different runs")
-    try:
-        training.load_state(state)
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise UserError(
-            f"{folder}/last.pt does not fit this version of atrous: {first_line(error)}; "
-            "use the version that wrote it"
-        ) from error
-    note_source(folder, dataset, args)
-    if ranks.rank() == 0:
-        report.write_history(folder, training.history)
-
-
-def note_source(folder: Path, dataset: data.Dataset, args: Namespace) -> None:
-    """Record in a run's config where its images lie now, and the data set's name there."""
-    config = checkpoint.load_config(folder) | {"data": dataset.name}
-    config["flags"] |= {"data": args.data, "data_dir": args.data_dir}
-    write_config(folder, config)
-
-
-def run_all(args: Namespace, argv: list[str]) -> None:
-    """Do all that the flags ask for, as one of torchrun's processes if it started this one."""
-    device = choose_device(args.device)
-    with (
-        ranks.joined(device),
-        Path(os.devnull).open("w") as nowhere,
-        redirect_stdout(nowhere if ranks.rank() > 0 else sys.stdout),
-    ):
-        run_seeds(args, argv, device)
-
-
-def run_seeds(args: Namespace, argv: list[str], device: torch.device) -> None:
-    if args.out and not args.resume:
-        refuse_existing(Path(args.out))
-    be_deterministic(args.deterministic)
-    keep_freed_memory()
-    start = time.perf_counter()
-    with ranks.main_first():
-        dataset = data.load(args.data, Path(args.data_dir), device, args.train_images, args.holdout)
-    if len(set(ranks.gathered(dataset.checksum))) > 1:
-        raise UserError(f"--data {args.data}: the processes read different images; try again")
-    if ranks.rank() == 0:
-        print(f"data read in {time.perf_counter() - start:.1f} s", file=sys.stderr)
-    command = shlex.join(["python", "train.py", *argv])
-    if not args.resume:
-        refuse_existing(run_folder(args, dataset.name))
-    else:
-        config = checkpoint.load_config(Path(args.resume))
-        refuse_other_images(config, dataset, args)
-        command = config.get("command", command)  # the one that began the run
-    if args.repeat == 1:
-        run(args, command, dataset, start)
-    else:
-        repeat(args, command, dataset)
-    if args.data == "auto" and dataset.name == "synthetic":
-        print("warning: CIFAR-10 was not available; all results above are on synthetic images")
-
-
-def repeat(args: Namespace, command: str, dataset: data.Dataset) -> None:
-    """Train one run per seed, each in its own folder, and report their mean. With --resume, runs
-    that exist already are resumed."""
-    base = run_folder(args, dataset.name)
-    folders = {seed: base / f"s{seed}" for seed in range(args.seed, args.seed + args.repeat)}
-    if not args.resume:
-        for folder in folders.values():
-            refuse_existing(folder)
-    with alone_in(base):
-        if args.resume:
-            note_source(base, dataset, args)
-        else:
-            facts = {"data": dataset.name, "images": dataset.checksum, "command": command}
-            write_config(base, {"flags": vars(args), **facts})
-        summaries, way_on = [], going_on(base, "this seed and the rest")
-        for seed, folder in folders.items():
-            own = {"seed": seed, "repeat": 1, "out": str(folder), "resume": None}
-            if (folder / "last.pt").exists():
-                precision = checkpoint.load_config(folder)["flags"]["precision"]  # as it was chosen
-                own |= {"resume": str(folder), "precision": precision}
-            each = Namespace(**vars(args) | own)
-            summaries.append(run(each, command, dataset, time.perf_counter(), way_on))
-        if ranks.rank() == 0:
-            report.write_repeats(base, summaries)
-
-
-@with_exit_status
-def main(argv: list[str]) -> None:
-    """SIGTERM takes effect after the current epoch has ended and its checkpoint is written."""
-    run_all(parse_flags(argv), argv)
-
+main = with_exit_status(run_all)
 
 if __name__ == "__main__":
     sys.exit(main(sys.argv[1:]))

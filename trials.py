@@ -56,7 +56,7 @@ def train_all(variants: dict[str, list[str]], args: Namespace) -> list[dict[str,
     """
     rows = []
     for name, given in variants.items():
-        folders = [run_folder(args, name, seed) for seed in range(args.repeat)]
+        folders = [seed_folder(args, name, seed) for seed in range(args.repeat)]
         for seed, folder in enumerate(folders):
             print(f"\n{name}, seed {seed}", flush=True)
             train_one([*given, "--seed", str(seed)], folder, args)
@@ -64,7 +64,7 @@ def train_all(variants: dict[str, list[str]], args: Namespace) -> list[dict[str,
     return rows
 
 
-def run_folder(args: Namespace, name: str, seed: int) -> Path:
+def seed_folder(args: Namespace, name: str, seed: int) -> Path:
     return Path(args.out) / name.replace(" ", "-") / f"s{seed}"
 
 
@@ -74,7 +74,7 @@ def train_one(given: list[str], folder: Path, args: Namespace) -> None:
         refuse_another(folder, vars(flags.parse_flags(argv)))
         argv[-2] = "--resume"
     try:
-        train.run_all(flags.parse_flags(argv), argv)
+        train.run_all(argv)
     except (KeyboardInterrupt, Terminated) as ended:
         raise type(ended)("the same command continues after the last finished epoch") from ended
 
@@ -128,5 +128,5 @@ def draw(path: Path, rows: list[dict[str, Any]], args: Namespace) -> None:
     """Test accuracy against epochs and seconds, of the first seed of each row."""
     import plots
 
-    first = {row["name"]: run_folder(args, row["name"], 0) for row in rows}
+    first = {row["name"]: seed_folder(args, row["name"], 0) for row in rows}
     plots.comparison(path, {name: checkpoint.load_history(run) for name, run in first.items()})

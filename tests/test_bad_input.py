@@ -9,7 +9,6 @@ from test_main_job import FILES, SMALL
 
 import checkpoint
 import data
-import flags
 import reference
 import report
 import step
@@ -94,7 +93,7 @@ def test_a_run_that_nobody_reads(tmp_path, monkeypatch):
 
     monkeypatch.setattr(report, "format_line", closed)
     with pytest.raises(BrokenPipeError):  # which common.exit_status turns into 141
-        train.run_all(flags.parse_flags([*SMALL, "--out", str(tmp_path)]), [])
+        train.run_all([*SMALL, "--out", str(tmp_path)])
 
 
 def test_a_loss_that_is_no_number_stops_the_run(tmp_path, capsys):

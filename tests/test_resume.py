@@ -16,6 +16,7 @@ import checkpoint
 import epochs
 import plots
 import report
+import run_folders
 import step
 import train
 
@@ -145,6 +146,7 @@ def test_a_resumed_run_keeps_its_images_and_labels(tmp_path, no_pictures, capsys
 
 def test_the_checkpoint_of_another_run(finished, tmp_path, capsys):
     folder = shutil.copytree(finished[0], tmp_path / "run")
+    (folder / "summary.json").unlink()
     config = json.loads((folder / "config.json").read_text())
     for flag, value in {"epochs": 4, "seed": 7, "lr": 0.3}.items():
         other = config | {"flags": config["flags"] | {flag: value}}
@@ -170,10 +172,10 @@ def test_before_its_first_checkpoint_too(finished, tmp_path, capsys, no_pictures
 
 
 def test_another_process_at_the_same_run(finished, capsys, monkeypatch):
-    with train.alone_in(finished[0]):
+    with run_folders.alone_in(finished[0]):
         assert train.main(["--resume", str(finished[0])]) == 2
         assert f"{finished[0]}: in use by another process" in capsys.readouterr().err
-        monkeypatch.setattr(train, "fcntl", None)  # as on Windows, which has no such locks
+        monkeypatch.setattr(run_folders, "fcntl", None)  # as on Windows, which has no such locks
         assert train.main(["--resume", str(finished[0])]) == 0
     monkeypatch.undo()
     assert train.main(["--resume", str(finished[0])]) == 0
