@@ -1,8 +1,7 @@
 """Augmentation as batched tensor ops: *sample* every image's parameters, then *apply* them.
 
 The semantics are those of albumentations 2.0.8 with OpenCV 5, checked in tests/test_augment.py and
-tests/test_sample.py.
-Images are (N, C, W, W), in any unit; W = 32 in this project.
+tests/test_sample.py. Images are (N, C, W, W), in any unit; W = 32 in this project.
 """
 
 from collections.abc import Callable
@@ -81,6 +80,7 @@ def sample(policy: Policy, count: int, size: int, device: torch.device) -> Param
 
 def sample_colours(policy: Policy, count: int, device: torch.device) -> Colours:
     """Colour changes for `count` images, from the device's default generator."""
+    # Filled on the device: torch.tensor would make the host wait for it.
     limits = torch.stack([torch.full((), v, device=device) for v in policy.rgb_shift])
     shift = (_symmetric((count, 3), device) * limits).trunc()
     drawn = _drawn(policy.brightness_contrast_p, count, device)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx, once_differentiable
 from triton.language import constexpr
 
-from kernels import LAST, matrix, vector
+from kernels import LAST, load, load_row
 from machine import triton_kernels
 
 
@@ -111,8 +111,8 @@ def _window(
             inside = (at_y >= 0) & (at_x >= 0)
         inside = inside & (at_y < size) & (at_x < size) & (row < rows)
         place = ((image * size + at_y) * size + at_x)[:, None] * C + channel
-        value = matrix(x, place, inside[:, None] & (channel < C))
-        total += value * vector(weight + tap * C, channel, C)
+        value = load(x, place, inside[:, None] & (channel < C))
+        total += value * load_row(weight + tap * C, channel, C)
     there = (row < rows)[:, None] & (channel < C)
     tl.store(y + row[:, None] * C + channel, total, mask=there)
 
@@ -137,11 +137,11 @@ def _taps(
     pixel = tl.arange(0, PIXELS)
     out_y, out_x = pixel // out, pixel % out
     there = (pixel < out * out)[:, None] & (channel < C)
-    gradient = matrix(dy, (image * out * out + pixel)[:, None] * C + channel, there)
+    gradient = load(dy, (image * out * out + pixel)[:, None] * C + channel, there)
     for tap in tl.static_range(K * K):
         at_y, at_x = out_y * S - P + tap // K * D, out_x * S - P + tap % K * D
         inside = (at_y >= 0) & (at_x >= 0) & (at_y < size) & (at_x < size)
         place = ((image * size + at_y) * size + at_x)[:, None] * C + channel
-        products = matrix(x, place, inside[:, None] & there) * gradient
+        products = load(x, place, inside[:, None] & there) * gradient
         address = partial + (image * K * K + tap) * C + channel
         tl.store(address, tl.sum(products, 0), mask=channel < C)

@@ -142,21 +142,23 @@ def _returning(graph: fx.GraphModule, name: str, and_output: bool) -> fx.GraphMo
 def _fields_behind(
     node: fx.Node, target: Any, fields: dict, input_shape: tuple[int, int, int]
 ) -> Fields | None:
+    """The fields of a node's output: NOTHING if it depends on no pixel, None if it is no longer a
+    map, as after `flatten`. Raises UserError where neither these nor a map's are certain."""
     if _changes_others(node, target):
         raise _unaccounted(node, target)
     inputs, after = [n for n in node.all_input_nodes if fields[n] != NOTHING], _shape(node)
-    if not inputs or after is None:
+    if not inputs or after is None:  # a constant, or no tensor
         return NOTHING
     known = [fields[n] for n in inputs if fields[n] is not None]
     sliding = [n for n in inputs if _slides(fields[n])]
-    if not sliding and len(known) == len(inputs):
+    if not sliding and len(known) == len(inputs):  # all behind a global pooling, as gates are
         return union(known)
-    if len(after) != 4 and not _reduces(node, target, {2, 3}):
+    if len(after) != 4 and not _reduces(node, target, {2, 3}):  # flattened here
         reduced = {_name(n.target) for n in node.users} <= REDUCTIONS
         if sliding and len(after) > 2 and not reduced:  # tokens, which later nodes may mix
             raise _unaccounted(node, target)
         return None
-    if len(known) < len(inputs):
+    if len(known) < len(inputs):  # flattened before
         if sliding or after[2:] != (1, 1):  # a map again, of values from unknown places
             raise _unaccounted(node, target)
         return None

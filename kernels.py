@@ -88,20 +88,22 @@ class _Shape:
 
 
 @triton.jit
-def vector(base, column, C: constexpr):
+def load_row(base, column, C: constexpr):
+    """One float32 for each channel, 0 beyond the last."""
     return tl.load(base + column, mask=column < C, other=0).to(tl.float32)
 
 
 @triton.jit
-def matrix(base, at, there):
+def load(base, at, there):
+    """Values as float32, 0 where not `there`."""
     return tl.load(base + at, mask=there, other=0).to(tl.float32)
 
 
 @triton.jit
 def _let_through(dy, y, at, there):
     """dy passed back through the ReLU whose output is y; if y is None, that is done already."""
-    gradient = matrix(dy, at, there)
-    return gradient if y is None else tl.where(matrix(y, at, there) > 0, gradient, 0)
+    gradient = load(dy, at, there)
+    return gradient if y is None else tl.where(load(y, at, there) > 0, gradient, 0)
 
 
 @triton.jit
@@ -109,13 +111,13 @@ def _moments(x, partial, rows, C: constexpr, ROWS: constexpr, BLOCK: constexpr):
     """Sums of x (rows, C) minus its first row, and of that squared: partial (2, C, programs)."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     column = tl.arange(0, BLOCK)
-    first = vector(x, column, C)
+    first = load_row(x, column, C)
     sums = tl.zeros([ROWS, BLOCK], tl.float32)
     squares = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(program * ROWS, rows, programs * ROWS):
         row = start + tl.arange(0, ROWS)
         there = (row < rows)[:, None] & (column < C)
-        value = matrix(x, row[:, None] * C + column, there)
+        value = load(x, row[:, None] * C + column, there)
         value = tl.where(there, value - first, 0)
         sums += value
         squares += value * value
@@ -133,15 +135,15 @@ def _settle(x, partial, saved, running_mean, running_var, count, C, programs, ro
     there = column < C
     known = (program < programs)[:, None] & there
     at = column * programs + program[:, None]
-    shift = tl.sum(matrix(partial, at, known), 0) / rows
-    mean = matrix(x, column, there) + shift
-    var = tl.sum(matrix(partial + C * programs, at, known), 0) / rows - shift * shift
+    shift = tl.sum(load(partial, at, known), 0) / rows
+    mean = load(x, column, there) + shift
+    var = tl.sum(load(partial + C * programs, at, known), 0) / rows - shift * shift
     tl.store(saved + column, mean, mask=there)
     tl.store(saved + C + column, 1 / tl.sqrt(var + eps), mask=there)
     if running_mean is not None:
-        before = matrix(running_mean, column, there)
+        before = load(running_mean, column, there)
         tl.store(running_mean + column, before + momentum * (mean - before), mask=there)
-        before, unbiased = matrix(running_var, column, there), var * (rows / (rows - 1))
+        before, unbiased = load(running_var, column, there), var * (rows / (rows - 1))
         tl.store(running_var + column, before + momentum * (unbiased - before), mask=there)
         if tl.program_id(0) == 0:
             tl.store(count, tl.load(count) + 1)
@@ -155,10 +157,10 @@ def _normalize(
     column = tl.arange(0, BLOCK)
     there = (row < rows)[:, None] & (column < C)
     at = row[:, None] * C + column
-    scale = vector(saved + C, column, C) * vector(weight, column, C)
-    value = (matrix(x, at, there) - vector(saved, column, C)) * scale + vector(bias, column, C)
+    scale = load_row(saved + C, column, C) * load_row(weight, column, C)
+    value = (load(x, at, there) - load_row(saved, column, C)) * scale + load_row(bias, column, C)
     if skip is not None:
-        value += matrix(skip, at, there)
+        value += load(skip, at, there)
     value = tl.where(value < 0, 0, value)  # keeps NaN, which tl.maximum would turn into 0
     tl.store(y + at, value, mask=there)
 
@@ -171,7 +173,7 @@ def _gradient_sums(
     normalised x: partial (2, C, programs). That dy is stored in `cut`, if given."""
     program, programs = tl.program_id(0), tl.num_programs(0)
     column = tl.arange(0, BLOCK)
-    mean, scale = vector(saved, column, C), vector(saved + C, column, C)
+    mean, scale = load_row(saved, column, C), load_row(saved + C, column, C)
     sums = tl.zeros([ROWS, BLOCK], tl.float32)
     products = tl.zeros([ROWS, BLOCK], tl.float32)
     for start in range(program * ROWS, rows, programs * ROWS):
@@ -182,7 +184,7 @@ def _gradient_sums(
         if cut is not None:
             tl.store(cut + at, gradient, mask=there)
         sums += gradient
-        products += gradient * (matrix(x, at, there) - mean) * scale
+        products += gradient * (load(x, at, there) - mean) * scale
     partial += column * programs + program
     tl.store(partial, tl.sum(sums, 0), mask=column < C)
     tl.store(partial + C * programs, tl.sum(products, 0), mask=column < C)
@@ -196,11 +198,11 @@ def _gradient(
     column = tl.arange(0, BLOCK)
     there = (row < rows)[:, None] & (column < C)
     at = row[:, None] * C + column
-    scale = vector(saved + C, column, C)
-    average, slope = vector(sums, column, C) / rows, vector(sums + C, column, C) / rows
-    value = (matrix(x, at, there) - vector(saved, column, C)) * scale
+    scale = load_row(saved + C, column, C)
+    average, slope = load_row(sums, column, C) / rows, load_row(sums + C, column, C) / rows
+    value = (load(x, at, there) - load_row(saved, column, C)) * scale
     gradient = _let_through(dy, y, at, there) - average - value * slope
-    tl.store(dx + at, gradient * scale * vector(weight, column, C), mask=there)
+    tl.store(dx + at, gradient * scale * load_row(weight, column, C), mask=there)
 
 
 class _Mirrored(torch.autograd.Function):

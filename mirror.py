@@ -36,9 +36,9 @@ class Mixed(nn.Module):
     def forward(self, alike: Tensor, differing: Tensor) -> Tensor:
         if self.training and (gpu := triton_kernels(alike)):
             return gpu.mirrored(alike, differing)
-        own = alike.lerp(differing, 0.5)
-        half = torch.stack([own, own - differing])  # the weights for the first half of the inputs
-        return torch.stack([half, half.flip(0, 4)], 2).flatten(2, 3).flatten(0, 1)
+        own = alike.lerp(differing, 0.5)  # from each half of the inputs to its own of the outputs
+        other = own - differing  # to the other half
+        return torch.cat([torch.cat([own, other.flip(3)], 1), torch.cat([other, own.flip(3)], 1)])
 
     def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         own, other = weight[: len(weight) // 2].chunk(2, 1)

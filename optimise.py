@@ -92,14 +92,15 @@ MUON_LR, MUON_DECAY = 1 / 10, 200  # times SGD's: 0.4 and 5e-4 become 0.04 and 0
 
 
 class Muon(torch.optim.SGD):
-    """SGD that, in groups with a `muon_momentum`, replaces a kernel's gradient by its Nesterov
-    momentum, orthogonalised as a matrix with a row for each output (Jordan 2024,
-    kellerjordan.github.io/posts/muon). The `momentum` of those groups is 0.
+    """SGD; but in groups with a `muon_momentum` each kernel's gradient is first replaced by its
+    Nesterov momentum, orthogonalised as a matrix with a row for each output (Jordan 2024,
+    kellerjordan.github.io/posts/muon). The `momentum` of such a group is 0, as its gradients have
+    it already.
 
     torch.optim.Muon accepts only matrices and reads rates on the host, which a CUDA graph cannot.
     """
 
-    # Without the wrappers that hide them from torch.compile: these import it, 150 MiB, 1 to 2 s.
+    # Unwrapped, for the wrappers that hide these from torch.compile import it: 150 MiB, 1 to 2 s.
     add_param_group = unwrap(torch.optim.SGD.add_param_group)
     zero_grad = unwrap(torch.optim.SGD.zero_grad)
     state_dict = unwrap(torch.optim.SGD.state_dict)
