@@ -143,8 +143,8 @@ NETWORK_ERRORS = (urllib.error.URLError, TimeoutError, ConnectionError, http.cli
 
 
 def _cifar10(data_dir: Path) -> tuple[str, list[str], Splits]:
-    """Torchvision checks every file's MD5 sum, and downloads or unpacks what is missing or damaged.
-    Raises one of NETWORK_ERRORS if it cannot download."""
+    """Torchvision checks MD5 sums, and downloads or unpacks what is missing or damaged, except the
+    names of the classes. Raises one of NETWORK_ERRORS if it cannot download."""
     from torchvision.datasets import CIFAR10
 
     folder, timeout = data_dir.absolute(), socket.getdefaulttimeout()  # it would expand a tilde
@@ -152,7 +152,10 @@ def _cifar10(data_dir: Path) -> tuple[str, list[str], Splits]:
     try:
         parts = [CIFAR10(folder, train=train, download=train) for train in (True, False)]
     except RuntimeError as error:  # what torchvision raises for a wrong MD5 sum
-        raise UserError(f"the CIFAR-10 download is damaged ({error}): try again") from error
+        raise UserError(
+            f"CIFAR-10 in {data_dir} or its download is damaged ({error}): try again; if that does "
+            f"not help, delete {data_dir / CIFAR10.base_folder}"
+        ) from error
     except NETWORK_ERRORS:
         raise
     except OSError as error:

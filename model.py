@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 import zoo
+from common import UserError
 from mirror import MirrorNorm, MirrorPool, mirrored
 
 
@@ -67,5 +68,10 @@ NETS = {"atrous": atrous, **zoo.NETS}
 
 
 def build(name: str, num_classes: int, dropout: float = 0.0) -> nn.Module:
-    """The net `name`, giving logits (N, num_classes) for images (N, 3, 32, 32)."""
+    """The net `name`, giving logits (N, num_classes) for images (N, 3, 32, 32).
+
+    Raises UserError for a name that is not in NETS.
+    """
+    if name not in NETS:
+        raise UserError(f"--net {name}: not in NETS of model.py")
     return NETS[name](num_classes, dropout)

@@ -240,7 +240,7 @@ def grad_cam_panels(run: Path, dataset: data.Dataset, numbers: list[int]) -> lis
     net, _ = checkpoint.load_net(run / "model.pt")
     traced = graph.trace(net)
     inputs = data.normalize(dataset.test_images[numbers], dataset.mean, dataset.std)
-    maps, logits = traced.both(inputs)
+    maps, logits = traced.both(inputs.requires_grad_())
     predicted = logits.argmax(1)
     (gradient,) = torch.autograd.grad(logits.gather(1, predicted.unsqueeze(1)).sum(), maps)
     cams = (gradient.mean((2, 3), keepdim=True) * maps).sum(1, keepdim=True).relu().detach()

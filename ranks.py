@@ -32,7 +32,8 @@ def count() -> int:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[None]:
-    """If torchrun started this process, be a member of its process group while this lasts."""
+    """If torchrun started this process, be a member of its process group while this lasts, and let
+    only process 0 print to stdout."""
     if not dist.is_torchelastic_launched():
         yield
         return

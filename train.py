@@ -146,15 +146,16 @@ def run(
     folder = run_folder(args, dataset.name)
     way_on = way_on or going_on(folder)
     with alone_in(folder), ending_in_one_line(args, device, way_on):
-        if (folder / "summary.json").exists():
-            note_source(folder, dataset, args)
-            print(f"{folder} has already finished, after epoch {args.epochs}")
-            return checkpoint.load_summary(folder)
         if args.resume and (folder / "last.pt").exists():
             resume(training, folder, dataset, args)
             start -= training.elapsed
-        else:
+        elif not (folder / "summary.json").exists():
             write_config(folder, {"flags": vars(args) | {"resume": None}, **facts})
+        else:
+            note_source(folder, dataset, args)
+        if (folder / "summary.json").exists():
+            print(f"{folder} has already finished, after epoch {args.epochs}")
+            return checkpoint.load_summary(folder)
         report.announce(facts, dataset, folder)
         if args.recipe is not None:
             print(describe_recipe(args))

@@ -9,6 +9,7 @@ import checkpoint
 import model
 import rf
 import train
+from common import UserError
 from graph import trace
 from mirror import MirrorPool
 from model import Residual, build
@@ -70,3 +71,6 @@ def test_a_net_of_ones_own(tmp_path, monkeypatch, capsys, no_pictures):
     assert train.main(run) == 0
     net, _ = checkpoint.load_net(tmp_path / "run/model.pt")
     assert net(torch.zeros(1, 3, 32, 32)).shape == (1, 10)
+    monkeypatch.delitem(model.NETS, "mine")
+    with pytest.raises(UserError, match="--net mine: not in NETS"):
+        checkpoint.load_net(tmp_path / "run/model.pt")

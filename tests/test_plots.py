@@ -177,6 +177,13 @@ def test_grad_cam_lights_up_what_was_predicted(run):
     assert np.argwhere(field).tolist() == [[16, 16]]
 
 
+def test_grad_cam_of_a_net_that_first_pools(run, monkeypatch):
+    net = nn.Sequential(nn.AvgPool2d(8), nn.Flatten(), nn.Linear(48, 10))
+    monkeypatch.setattr(checkpoint, "load_net", lambda _: (net, {}))
+    (panel,) = plots.grad_cam_panels(run, checkpoint.load_data(run), [1])
+    assert panel[2].shape == (32, 32)
+
+
 @pytest.mark.parametrize(
     ("net", "first", "last"),  # of the centres of its units' fields
     [("atrous", 1.5, 29.5), ("net176k", 8, 20), ("net190k", 7, 23), ("net134k", -5.5, 34.5)],
