@@ -129,8 +129,9 @@ def trace(module: nn.Module, input_shape: tuple[int, int, int] = (3, 32, 32)) ->
 
 
 def _returning(graph: fx.GraphModule, name: str, and_output: bool) -> fx.GraphModule:
-    """A copy of `graph` that returns the value of the node `name`, alone or with its own output."""
-    copied = copy.deepcopy(graph)
+    """`graph`, with the same layers, returning the value of the node `name`, alone or with its own
+    output."""
+    copied = fx.GraphModule(graph, copy.deepcopy(graph.graph))
     value = next(node for node in copied.graph.nodes if node.name == name)
     output = copied.graph.output_node()
     output.args = ((value, *output.args),) if and_output else (value,)
