@@ -114,11 +114,16 @@ def device_name(device: torch.device) -> str:
 
 
 def versions() -> dict[str, str | None]:
-    here = Path(__file__).parent
-    git = ["git", "-C", str(here), "--git-dir=.git"]  # not a repository around this folder
-    git += ["describe", "--always", "--dirty", "--exclude=*"]
+    """What a result depends on. The commit is "-dirty" if code has changed since, not figures."""
+    here = str(Path(__file__).parent)
+    git = ["git", "-C", here, "--git-dir=.git"]  # not a repository around this folder
+
+    def output(*command: str) -> str:
+        return subprocess.run([*git, *command], capture_output=True, text=True, check=True).stdout
+
     try:
-        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        commit = output("describe", "--always", "--exclude=*").strip()
+        commit += "-dirty" * bool(output("diff", "HEAD", "--name-only", "--", "*.py"))
     except (OSError, subprocess.CalledProcessError):
         commit = None
     found = {

@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -81,6 +82,21 @@ def test_the_best_device_and_its_precision(monkeypatch):
 def test_a_repository_around_the_files_is_not_theirs(monkeypatch):
     monkeypatch.setattr(machine, "__file__", __file__)
     assert machine.versions()["commit"] is None
+
+
+def test_the_commit_is_dirty_where_code_changed_but_not_where_figures_did(tmp_path, monkeypatch):
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "machine.py"))
+    code, figures = tmp_path / "machine.py", tmp_path / "epoch.json"
+    for path in (code, figures):
+        path.write_text("1\n")
+    author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], [*author, "commit", "-q", "-m", "all"]):
+        subprocess.run(["git", "-C", tmp_path, *command], check=True)
+    figures.write_text("2\n")
+    commit = machine.versions()["commit"]
+    assert re.fullmatch("[0-9a-f]{7,}", commit)
+    code.write_text("2\n")
+    assert machine.versions()["commit"] == f"{commit}-dirty"
 
 
 @pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="no glibc")
