@@ -1,6 +1,7 @@
 """A user error is one line on stderr and exit status 2; nothing is half-written or lost."""
 
 import resource
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -144,6 +145,12 @@ def test_out_of_memory_is_one_line(tmp_path, monkeypatch, capsys, error):
     )
 
 
+def test_a_mistake_of_ours_is_no_lack_of_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(step, "train_step", Mock(side_effect=RuntimeError("a bug")))
+    with pytest.raises(RuntimeError, match="a bug"):
+        train.main([*SMALL, "--out", str(tmp_path / "run")])
+
+
 def test_a_missing_compiler_is_one_line(tmp_path, monkeypatch, capsys):
     class InvalidCxxCompiler(RuntimeError):
         __module__ = "torch._inductor.exc"
@@ -165,14 +172,15 @@ def test_a_missing_compiler_is_one_line(tmp_path, monkeypatch, capsys):
 def test_a_worker_that_fails_is_one_line(tmp_path, monkeypatch, capsys, before):
     said = "DataLoader worker (pid 7) is killed by signal: Bus error."
 
-    def failing(*_, **__):
+    def failing(*settings):
+        assert settings[-1] == 3
         raise RuntimeError(f"{before}{said}\n")
 
     monkeypatch.setattr(reference, "loader", failing)
-    run = ["--augment", "albumentations", "--out", str(tmp_path / "run")]
+    run = ["--augment", "albumentations", "--workers", "3", "--out", str(tmp_path / "run")]
     assert train.main([*SMALL, *run]) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith(f"error: --workers 2: {said}; resume with --workers 0: --resume ")
+    assert line.startswith(f"error: --workers 3: {said}; resume with --workers 0: --resume ")
 
 
 def test_a_full_disk_is_one_line_that_names_the_way_on(tmp_path, capsys, no_pictures):

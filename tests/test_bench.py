@@ -49,7 +49,7 @@ def briefly(monkeypatch):
         return dict.fromkeys(phases(every, device, rounds=1), 0.001)
 
     def one_more(*jobs, **_):
-        return [{"name": "long" * 20, "count": 10.0, "seconds": 1.5}, *kernels(*jobs, rounds=1)]
+        return [{"name": "long" * 20, "count": 10.0, "seconds": 1.5}, *kernels(*jobs, rounds=2)]
 
     monkeypatch.setattr(bench, "CORES", 2)
     monkeypatch.setattr(bench.ways, "BATCH", 32)

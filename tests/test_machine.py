@@ -67,6 +67,10 @@ def test_the_best_device_and_its_precision(monkeypatch):
     for name, answer in there.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
     assert machine.choose_device("auto") == gpu
+    with monkeypatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "1")  # a second process
+        with pytest.raises(machine.UserError, match="more processes than GPUs"):
+            machine.choose_device("cuda")
     for has_bf16, chosen in ((True, "bf16"), (False, "fp16")):
         monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has_bf16, **_: has)
         assert machine.choose_precision("auto", gpu) == chosen

@@ -200,13 +200,15 @@ def test_units_lie_over_what_they_see(net, first, last):
 
 
 def test_a_run_is_drawn_again(run, monkeypatch):
-    titles, curves = [], plots.curves
+    titles, curves, shown, panels = [], plots.curves, [], plots.grad_cam_panels
+    monkeypatch.setattr(plots, "grad_cam_panels", lambda *of: shown.append(of[2]) or panels(*of))
     monkeypatch.setattr(plots, "curves", lambda *args: titles.append(args[2]) or curves(*args))
     assert plots.main([str(run)]) == 0
     (run / "config.json").write_text('{"flags": {"net": "atrous", "seed": 3, "holdout": 5000}}')
     for slow in ("confusion", "mistakes", "per_class"):
         monkeypatch.setattr(plots, slow, lambda *_: None)
     assert plots.main([str(run), "--images", "5"]) == 0
+    assert shown == [[0, 10, 20, 30, 40, 50], [5]]
     plain = "atrous on synthetic, seed 3"
     assert titles == [plain, f"{plain}; test: 5,000 held-out training images"]
     for name in ("curves", "confusion", "mistakes", "classes", "grad_cam"):

@@ -56,7 +56,7 @@ def test_any_size_and_mode(run, tmp_path, capsys):
         save(tmp_path / "e.jpg", (255, 0, 255, 0), "CMYK"): "green",
         save(tmp_path / "f.bmp", (250, 9, 9)): "red",
     }
-    status, results, error = classified(capsys, run, *files)
+    status, results, error = classified(capsys, run, *files, "--top", "9")
     assert (status, error) == (0, "")
     assert {name: best[0]["class"] for name, best in results.items()} == files
     for best in results.values():

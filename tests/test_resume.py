@@ -125,13 +125,20 @@ def test_a_resumed_run_keeps_its_data(finished, tmp_path, capsys):
 
 def test_a_resumed_run_keeps_its_images_and_labels(tmp_path, no_pictures, capsys):
     members = files(train=30)
-    first, second = "train/cat/0.png", "train/dog/0.png"
+    white = png((255, 255, 255))
+    renamed = {  # the last cat becomes the first dog, and the order of images stays
+        "other training labels": ("train/cat/9.png", "train/dog/-.png"),
+        "other test labels": ("test/cat/1.png", "test/dog/-.png"),
+        "other classes": ("cat", "bat"),
+    }
     others = {
         "the same": members,
-        "other images": members | {first: png((255, 255, 255))},
-        "other labels": members | {first: members[second], second: members[first]},
-        "another test": members | {"test/cat/0.png": png((255, 255, 255))},
-        "other classes": {name.replace("cat", "bat"): blob for name, blob in members.items()},
+        "other training images": members | {"train/cat/0.png": white},
+        "other test images": members | {"test/cat/0.png": white},
+        **{
+            what: {name.replace(*names): blob for name, blob in members.items()}
+            for what, names in renamed.items()
+        },
     }
     folders = [tmp_path / name for name in others]
     for folder, images in zip(folders, others.values(), strict=True):
@@ -139,9 +146,9 @@ def test_a_resumed_run_keeps_its_images_and_labels(tmp_path, no_pictures, capsys
     run = ["--net", "net136k", "--batch-size", "30", "--epochs", "1", "--device", "cpu"]
     out = tmp_path / "run"
     assert train.main([*run, "--data", str(folders[0] / "pets"), "--out", str(out)]) == 0
-    for folder, status in zip(folders, (0, 2, 2, 2, 2), strict=True):
+    for folder, status in zip(folders, (0, 2, 2, 2, 2, 2), strict=True):
         assert train.main(["--resume", str(out), "--data", str(folder / "pets")]) == status
-    assert capsys.readouterr().err.count(", not pets's 60 images") == 4
+    assert capsys.readouterr().err.count(", not pets's 60 images") == 5
 
 
 def test_the_checkpoint_of_another_run(finished, tmp_path, capsys):
@@ -153,6 +160,12 @@ def test_the_checkpoint_of_another_run(finished, tmp_path, capsys):
         assert train.main(["--resume", str(folder)]) == 2
         assert "last.pt and config.json are from different runs" in capsys.readouterr().err
     assert (folder / "last.pt").read_bytes() == (finished[0] / "last.pt").read_bytes()
+    (folder / "config.json").write_text(json.dumps(config))
+    content = checkpoint.load(folder / "last.pt")
+    content["net"].popitem()
+    checkpoint.save(folder / "last.pt", content)
+    assert train.main(["--resume", str(folder)]) == 2
+    assert "last.pt does not fit this version of atrous: " in capsys.readouterr().err
 
 
 def test_before_its_first_checkpoint_too(finished, tmp_path, capsys, no_pictures):

@@ -2,7 +2,7 @@ import json
 from contextlib import nullcontext, suppress
 from copy import deepcopy
 from dataclasses import replace
-from unittest.mock import Mock
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -217,11 +217,18 @@ def learnt(batches, training, take_step):
     return torch.tensor(rates), torch.stack(losses), torch.cat(weights)
 
 
-def test_eager_steps_are_no_graph(monkeypatch):
-    monkeypatch.setattr(step, "captured", lambda *_: pytest.fail("captured"))
-    dataset = replace(data.load("synthetic", None, CPU, 32), train_images=Mock(is_cuda=True))
-    args = flags.parse_flags(["--eager"])
-    assert step.make_step(make_training(build("net136k", 10), args, CPU, 1), dataset, args)
+@pytest.mark.parametrize(
+    ("given", "processes", "graph"),
+    [([], 1, True), (["--eager"], 1, False), (["--precision", "fp16"], 1, False), ([], 2, False)],
+)
+def test_a_step_on_one_gpu_is_a_graph(given, processes, graph, monkeypatch):
+    monkeypatch.setattr(step, "captured", lambda *_: "graph")
+    monkeypatch.setattr(step, "normalize", lambda *_: None)
+    monkeypatch.setattr(step.ranks, "count", lambda: processes)
+    dataset = replace(data.load("synthetic", None, CPU, 32), train_images=MagicMock(is_cuda=True))
+    args = flags.parse_flags(given)
+    made = step.make_step(make_training(build("net136k", 10), args, CPU, 1), dataset, args)
+    assert (made == "graph") is graph
 
 
 class Tape(TorchDispatchMode):
@@ -261,6 +268,7 @@ def test_repeated_operations_learn_what_steps_learn(schedule, radius, monkeypatc
             group["fused"] = True
             group["lr"] = group["lr"] if graph else torch.tensor(group["lr"])  # rounded alike
         if graph:
+            training.net.eval()  # as an evaluation leaves it
             take_step = step.captured(take_step, training, *batches[0])
         taken.append(learnt(batches, training, take_step))
     for repeated, stepped in zip(*taken, strict=True):
