@@ -290,6 +290,7 @@ def bench_all(args: Namespace, argv: list[str]) -> None:
 
 @with_exit_status
 def main(argv: list[str]) -> None:
+    versions()
     parser = Parser(prog="bench.py", description=__doc__.partition("\n")[0])
     what = parser.add_subparsers(required=True, metavar="WHAT")
     count = flags.number(int, 1)

@@ -169,7 +169,7 @@ def in_batches(classify: Callable[[np.ndarray], np.ndarray], images: np.ndarray)
 
 def drawn(images: np.ndarray) -> np.ndarray:
     """CHECKED of the images, or all if fewer: a fixed random draw, since they may be sorted."""
-    return np.random.default_rng(0).permutation(images)[:CHECKED]
+    return images[np.random.default_rng(0).permutation(len(images))[:CHECKED]]
 
 
 def export(run: Path, int8: bool) -> None:

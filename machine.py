@@ -67,7 +67,10 @@ def choose_precision(name: str, device: torch.device) -> str:
     if device.type == "cuda":
         best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         if name == "bf16" != best:
-            raise UserError("--precision bf16: this GPU does not support it; use fp16 or fp32")
+            raise UserError(
+                "--precision bf16: this GPU does not support it; use fp16 or fp32, or, to resume, "
+                "--device cpu"
+            )
         return best if name == "auto" else name
     if name != "auto":
         return name
@@ -113,8 +116,10 @@ def device_name(device: torch.device) -> str:
     return device.type
 
 
+@cache
 def versions() -> dict[str, str | None]:
-    """What a result depends on. The commit is "-dirty" if code has changed since, not figures."""
+    """What a result depends on, as it was when first asked for: before a long run, not after it.
+    The commit is "-dirty" if code has changed since, not figures."""
     here = str(Path(__file__).parent)
     git = ["git", "-C", here, "--git-dir=.git"]  # not a repository around this folder
 

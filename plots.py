@@ -245,11 +245,10 @@ def grad_cam_panels(run: Path, dataset: data.Dataset, numbers: list[int]) -> lis
     (gradient,) = torch.autograd.grad(logits.gather(1, predicted.unsqueeze(1)).sum(), maps)
     cams = (gradient.mean((2, 3), keepdim=True) * maps).sum(1, keepdim=True).relu().detach()
     cams = over_image(cams, traced.fields)
-    panels = []
+    panels, names = [], shortened(dataset.classes, 12)
     for position, number in enumerate(numbers):
         heat = rf.effective_receptive_field(traced.features, inputs[position : position + 1])
-        true = dataset.classes[dataset.test_labels[number]]
-        taken = dataset.classes[predicted[position]]
+        true, taken = names[dataset.test_labels[number]], names[predicted[position]]
         overlays = [(x / x.max().clamp(min=1e-12)).numpy() for x in (cams[position], heat)]
         image = dataset.test_images[number].permute(1, 2, 0).numpy()
         panels.append((f"{number}: {true} as {taken}", image, *overlays))

@@ -117,10 +117,10 @@ def make_step(training: Training, dataset: Dataset, args: Namespace, radius: flo
     With fp16, whose loss scaler decides on the host, or several processes it stays eager.
     """
     net = torch.compile(training.net, dynamic=False) if args.compile else training.net
-    learner = net, training.optimizer, training.scaler
+    learning = net, training.optimizer, training.scaler
 
     def step(inputs: Tensor, labels: Tensor) -> Tensor:
-        return train_step(*learner, inputs, labels, args.precision, args.label_smoothing, radius)
+        return train_step(*learning, inputs, labels, args.precision, args.label_smoothing, radius)
 
     eager = args.eager or training.scaler.is_enabled() or ranks.count() > 1
     if eager or not dataset.train_images.is_cuda:

@@ -68,6 +68,7 @@ def run_seeds(args: Namespace, argv: list[str], device: torch.device) -> None:
     """Load the images, then train on them: one seed, or several with --repeat."""
     if args.out and not args.resume:
         refuse_existing(Path(args.out))
+    args.precision = choose_precision(args.precision, device)
     be_deterministic(args.deterministic)
     keep_freed_memory()
     start = time.perf_counter()
@@ -75,6 +76,7 @@ def run_seeds(args: Namespace, argv: list[str], device: torch.device) -> None:
         dataset = data.load(args.data, Path(args.data_dir), device, args.train_images, args.holdout)
     if len(set(ranks.gathered(dataset.checksum))) > 1:
         raise UserError(f"--data {args.data}: the processes read different images; try again")
+    refuse_batch_size(args, dataset)
     if ranks.rank() == 0:
         print(f"data read in {time.perf_counter() - start:.1f} s", file=sys.stderr)
     command = shlex.join(["python", "train.py", *argv])
@@ -90,6 +92,18 @@ def run_seeds(args: Namespace, argv: list[str], device: torch.device) -> None:
         repeat(args, command, dataset)
     if args.data == "auto" and dataset.name == "synthetic":
         print("warning: CIFAR-10 was not available; all results above are on synthetic images")
+
+
+def refuse_batch_size(args: Namespace, dataset: data.Dataset) -> None:
+    if args.batch_size % ranks.count():
+        raise UserError(
+            f"--batch-size {args.batch_size}: use a multiple of {ranks.count()}, the process count"
+        )
+    if args.batch_size > len(dataset.train_images):
+        raise UserError(
+            f"--batch-size {args.batch_size}: {dataset.name} has only "
+            f"{len(dataset.train_images):,} training images; use a smaller one"
+        )
 
 
 def repeat(args: Namespace, command: str, dataset: data.Dataset) -> None:
@@ -110,8 +124,7 @@ def repeat(args: Namespace, command: str, dataset: data.Dataset) -> None:
         for seed, folder in folders.items():
             own = {"seed": seed, "repeat": 1, "out": str(folder), "resume": None}
             if (folder / "last.pt").exists():
-                precision = checkpoint.load_config(folder)["flags"]["precision"]  # as it was chosen
-                own |= {"resume": str(folder), "precision": precision}
+                own["resume"] = str(folder)
             each = Namespace(**vars(args) | own)
             summaries.append(run(each, command, dataset, time.perf_counter(), way_on))
         if ranks.rank() == 0:
@@ -127,19 +140,9 @@ def run(
     `start` is the `time.perf_counter()` reading that total_seconds counts from; `way_on` is what to
     say about continuing if something stops the run (default: resume this run).
     """
-    if args.batch_size % ranks.count():
-        raise UserError(
-            f"--batch-size {args.batch_size}: use a multiple of {ranks.count()}, the process count"
-        )
-    if args.batch_size > len(dataset.train_images):
-        raise UserError(
-            f"--batch-size {args.batch_size}: {dataset.name} has only "
-            f"{len(dataset.train_images):,} training images; use a smaller one"
-        )
     device = dataset.train_images.device
     torch.manual_seed(args.seed)
     net = model.build(args.net, len(dataset.classes), args.dropout)
-    args.precision = choose_precision(args.precision, device)
     facts = facts_of(net, dataset, args, command)
     steps = len(dataset.train_images) // args.batch_size
     training = make_training(net, args, device, steps)

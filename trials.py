@@ -113,7 +113,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     width = max(len(row["name"]) for row in rows)
     lines = [
         f"{'':<{width}} {'weights':>7} {'epochs':>6} {'final accuracy':>15} "
-        f"{'flip-averaged':>15} {'s/epoch':>7} {'total s':>8}"
+        f"{'flip-averaged':>15} {'s/epoch':>7} {'train s':>8}"
     ]
     lines += [
         f"{row['name']:<{width}} {row['parameters']:7,d} {row['epochs']:6d} "

@@ -24,6 +24,7 @@ BAD_FLAGS = [
     (["--epochs", "many"], "--epochs"),
     (["--batch-size", "0"], "--batch-size"),
     (["--batch-size", "61"], "--batch-size 61"),
+    (["--batch-size", "61", "--repeat", "2"], "--batch-size 61"),
     (["--lr", "0"], "--lr"),
     (["--lr", "-1"], "--lr"),
     (["--lr", "nan"], "--lr"),

@@ -85,7 +85,7 @@ def test_the_best_device_and_its_precision(monkeypatch):
 
 def test_a_repository_around_the_files_is_not_theirs(monkeypatch):
     monkeypatch.setattr(machine, "__file__", __file__)
-    assert machine.versions()["commit"] is None
+    assert machine.versions.__wrapped__()["commit"] is None
 
 
 def test_the_commit_is_dirty_where_code_changed_but_not_where_figures_did(tmp_path, monkeypatch):
@@ -97,10 +97,10 @@ def test_the_commit_is_dirty_where_code_changed_but_not_where_figures_did(tmp_pa
     for command in (["init", "-q"], ["add", "."], [*author, "commit", "-q", "-m", "all"]):
         subprocess.run(["git", "-C", tmp_path, *command], check=True)
     figures.write_text("2\n")
-    commit = machine.versions()["commit"]
+    commit = machine.versions.__wrapped__()["commit"]
     assert re.fullmatch("[0-9a-f]{7,}", commit)
     code.write_text("2\n")
-    assert machine.versions()["commit"] == f"{commit}-dirty"
+    assert machine.versions.__wrapped__()["commit"] == f"{commit}-dirty"
 
 
 @pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="no glibc")

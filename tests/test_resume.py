@@ -297,7 +297,7 @@ def test_seeds_that_were_interrupted(tmp_path, monkeypatch, capsys, no_pictures)
     monkeypatch.setattr(train, "choose_precision", noting)
     assert train.main(["--resume", str(folder)]) == 0
     chosen = checkpoint.load_config(whole / "s0")["flags"]["precision"]
-    assert asked == [chosen, chosen, "auto"]  # begun runs keep theirs, on another device too
+    assert asked == [chosen]  # all seeds have the same, on another device too
     assert (folder / "s0/metrics.jsonl").read_text() == before
     both = [checkpoint.load_summary(each) for each in (whole, folder)]
     assert both[0]["final_accuracy"] == both[1]["final_accuracy"]
