@@ -6,6 +6,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from unittest import mock
 
 import torch
@@ -98,10 +99,21 @@ def joined(count, argv, folder, own=None):
     ]
 
 
+def wait_for(path, is_alive):
+    deadline = time.monotonic() + 120
+    while not path.exists():
+        assert is_alive()
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
 def exit_codes(processes):
     for process in processes:
         process.join(180)
-    return [process.exitcode for process in processes]
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()  # one that hangs would be waited for when pytest ends
+    return codes
 
 
 def together(count, argv, folder):

@@ -16,25 +16,17 @@ import step
 import train
 
 BAD_FLAGS = [
-    (["--net", "resnet"], "--net"),
     (["--data", "missing.tar"], "missing.tar"),
-    (["--schedule", "linear"], "--schedule"),
-    (["--augment", "some"], "--augment"),
     (["--epochs", "0"], "--epochs"),
-    (["--epochs", "many"], "--epochs"),
     (["--batch-size", "0"], "--batch-size"),
     (["--batch-size", "61"], "--batch-size 61"),
     (["--batch-size", "61", "--repeat", "2"], "--batch-size 61"),
     (["--lr", "0"], "--lr"),
-    (["--lr", "-1"], "--lr"),
-    (["--lr", "nan"], "--lr"),
     (["--lr", "inf"], "--lr: inf is not finite"),
     (["--lr", "1e39"], "--lr: 1e39 must be above 0 and at most 1e+30"),
     (["--repeat", "0"], "--repeat"),
     (["--target", "0"], "--target"),
-    (["--weight-decay", "-0.1"], "--weight-decay"),
     (["--weight-decay", "1e39"], "--weight-decay"),
-    (["--seed", "-1"], "--seed"),
     (["--flip-p", "1.5"], "--flip-p"),
     (["--cutout", "33"], "--cutout"),
     (["--cutout-min", "17"], "--cutout-min 17"),
@@ -42,9 +34,6 @@ BAD_FLAGS = [
     (["--rgb-shift", "9", "0", "0"], "--rgb-shift does nothing alone: set --rgb-shift-p too"),
     (["--rgb-shift-p", "0.5"], "--rgb-shift-p does nothing alone: set --rgb-shift too"),
     (["--fill", "256"], "--fill"),
-    (["--recipe", "resnet"], "--recipe"),
-    (["--rotate", "-3"], "--rotate"),
-    (["--border", "wrap"], "--border"),
     (["--dropout", "1"], "--dropout"),
     (["--holdout", "5000"], "--holdout"),
     (["--resume", "nowhere"], "nowhere/config.json"),
@@ -55,6 +44,9 @@ BAD_FLAGS = [
     (["--out", "r\udcff"], "r\\udcff"),
     (["--data", "two\nlines.tar"], "two\\nlines"),
 ]
+LIMITED = "target momentum label-smoothing dropout shift scale rotate affine-p cutout-p rgb-shift-p"
+LIMITED += " brightness contrast brightness-contrast-p workers repeat"
+BAD_FLAGS += [([f"--{name}", "9999"], f"--{name}: 9999 must be") for name in LIMITED.split()]
 if not torch.cuda.is_available():
     BAD_FLAGS.append((["--device", "cuda"], "--device cuda: not available"))
 
@@ -210,10 +202,3 @@ def test_a_decoded_archive_that_the_disk_has_no_room_for(tmp_path, capsys, no_pi
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert len(dataset.train_images) == 400
     assert "decoded images are not cached: " in capsys.readouterr().err
-
-
-def test_bad_archive_leaves_nothing(tmp_path, capsys):
-    path = write_tar(tmp_path / "bad.tar", files() | {"test/cat/x.png": b"no image"})
-    assert train.main(["--data", str(path), "--out", str(tmp_path / "run")]) == 2
-    assert "test/cat/x.png" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()

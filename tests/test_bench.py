@@ -66,10 +66,13 @@ def result(folder, name):
     return content
 
 
-def test_an_epoch_and_its_phases(arguments, briefly, tmp_path, capsys):
+def test_an_epoch_and_its_phases(arguments, briefly, tmp_path, capsys, monkeypatch):
     what = [*arguments[1:3], "--net", "net136k", "--batch-size", "64", "32"]
     what += ["--device", "cpu"]
+    radii, make_step = [], bench.step.make_step
+    monkeypatch.setattr(bench.step, "make_step", lambda *of: radii.append(of[3:]) or make_step(*of))
     assert bench.main(["epoch", *what]) == 0
+    assert (0.1,) in radii
     _, title, heading, *rows = capsys.readouterr().out.splitlines()[:5]
     match = re.match(r"seconds for 50,000 images, net136k on pets, (bf16|fp32); CPU", title)
     assert [len(row) for row in rows] == [len(heading)] * 2

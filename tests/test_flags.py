@@ -77,10 +77,3 @@ def test_flags_reach_the_step(tmp_path, monkeypatch, no_pictures):
     given += ["--out", str(tmp_path / "run")]
     assert train.main([*SMALL, *given]) == 0
     assert seen == [({0.3}, "bf16", 0.2, 0.0)] * 2
-
-
-def test_flags_read_back():
-    given = ["--shift", "0.1", "--rgb-shift", "1", "2", "3", "--rgb-shift-p", "0.5"]
-    args = flags.parse_flags(given)
-    assert flags.policy_of(args).rgb_shift == (1, 2, 3)
-    assert flags.policy_of(args).shift == 0.1

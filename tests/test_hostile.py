@@ -9,6 +9,7 @@ import os
 import random
 import struct
 import tarfile
+import zipfile
 import zlib
 from contextlib import suppress
 
@@ -25,6 +26,7 @@ from flags import make_parser
 from model import build
 
 MEMBERS = files(train=6, test=3)
+ON_A_CPU = ("--device", "cpu", "--batch-size", "1")
 PACKERS = {"tar": bytes, "tar.gz": gzip.compress, "tar.xz": lzma.compress}
 
 
@@ -120,7 +122,7 @@ def ends_in_one_line(argv, capsys):
 @pytest.mark.parametrize("start", range(0, 300, 20))
 def test_archives(tmp_path, monkeypatch, capsys, loaded, start):
     (tmp_path / "pristine.tar").write_bytes(WHOLE)
-    assert train.main(["--data", str(tmp_path / "pristine.tar"), "--device", "cpu"]) == 0
+    assert train.main(["--data", str(tmp_path / "pristine.tar"), *ON_A_CPU]) == 0
     pristine = loaded.pop()
     capsys.readouterr()
     refused = 0
@@ -131,7 +133,7 @@ def test_archives(tmp_path, monkeypatch, capsys, loaded, start):
         path = folder / f"pets.{suffix}"
         path.write_bytes(blob)
         monkeypatch.chdir(folder)
-        if ends_in_one_line(["--data", path, "--device", "cpu"], capsys):
+        if ends_in_one_line(["--data", path, *ON_A_CPU], capsys):
             refused += 1
         else:  # the damage does not matter: the same images are read
             dataset = loaded.pop()
@@ -181,7 +183,7 @@ def test_bombs_in_an_image(tmp_path, capsys, loaded, bomb):
 
     path = write_tar(tmp_path / "bomb.tar", MEMBERS | {"train/cat/0.png": bomb()})
     tracemalloc.start()
-    refused = ends_in_one_line(["--data", path, "--device", "cpu"], capsys)
+    refused = ends_in_one_line(["--data", path, *ON_A_CPU], capsys)
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 100e6
@@ -204,7 +206,7 @@ def test_archive_bombs(tmp_path, capsys, loaded, monkeypatch):
     ):
         path = tmp_path / "bomb.tar.xz"
         path.write_bytes(lzma.compress(blob, preset=0))
-        assert train.main(["--data", str(path), "--device", "cpu"]) == 2
+        assert train.main(["--data", str(path), *ON_A_CPU]) == 2
         assert refusal in capsys.readouterr().err
 
 
@@ -224,7 +226,11 @@ def test_checkpoints(tmp_path, capsys, no_pictures):
     pickled = io.BytesIO()
     torch.save({**ours, "code": Hostile()}, pickled)
     half = whole[: len(whole) // 2]
-    for blob in (b"PK", foreign.getvalue(), pickled.getvalue(), WHOLE, half):
+    smaller = io.BytesIO()  # a bomb could be hidden in a compressed member
+    with zipfile.ZipFile(io.BytesIO(whole)) as old, zipfile.ZipFile(smaller, "w", 8) as new:
+        for name in old.namelist():
+            new.writestr(name, old.read(name))
+    for blob in (b"PK", *(f.getvalue() for f in (foreign, pickled, smaller)), WHOLE, half):
         (folder / "last.pt").write_bytes(blob)
         assert ends_in_one_line(["--resume", folder], capsys)
     for _ in range(20):
@@ -266,7 +272,7 @@ def test_flag_values(tmp_path, monkeypatch, capsys):
             assert train.main(["--data", "missing.tar", f"{flag}={value}"]) == 2, (flag, value)
             (line,) = capsys.readouterr().err.splitlines()
             assert line.startswith("error: ")
-            assert any_text or "missing.tar" not in line, (flag, value)
+            assert any_text or flag in line, (flag, value)
     assert not list(tmp_path.iterdir())
 
 
