@@ -54,8 +54,11 @@ def load_net(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     try:
         net = build(content["net"], len(content["classes"]))
         net.load_state_dict(content["state_dict"])
-        if missing := {"mean", "std"} - content.keys():
-            raise KeyError(", ".join(sorted(missing)))
+        statistics = torch.tensor([content["mean"], content["std"]])
+        if statistics.shape != (2, 3) or not statistics.isfinite().all():
+            raise ValueError("mean and std must be three numbers each")
+        if not all(isinstance(name, str) for name in content["classes"]):
+            raise TypeError("classes must be names")
     except (UserError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(
             f"{path} cannot be loaded by this version of atrous: {first_line(error)}; "

@@ -116,7 +116,7 @@ def run_epoch(
     tested = {"test_loss": loss, "test_accuracy": accuracy}
     training.history.append({"epoch": epoch, **trained, **tested})
     if args.target and accuracy >= args.target and training.reached is None:
-        training.reached = {"epoch": epoch, "seconds": training.elapsed}
+        training.reached = {"epoch": epoch, "seconds": training.elapsed - training.prepared}
 
 
 def run_epochs(training: Training, dataset: data.Dataset, args: Namespace, folder: Path) -> None:
@@ -137,6 +137,8 @@ def run_epochs(training: Training, dataset: data.Dataset, args: Namespace, folde
                 take_step = None  # frees a CUDA graph's memory before the next is captured
                 take_step = step.make_step(training, dataset, args, radius)
                 training.elapsed += time.perf_counter() - begun
+            if not training.history:
+                training.prepared = training.elapsed
             run_epoch(training, take_step, dataset, args, bar)
             ranks.by_main(partial(keep, training, args, folder))
             if any(ranks.gathered(asked_to_end.is_set())):

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.passes.shape_prop import ShapeProp
 
 from common import UserError, first_line
@@ -126,6 +126,19 @@ def trace(module: nn.Module, input_shape: tuple[int, int, int] = (3, 32, 32)) ->
     last = max(reversed(pooled), key=lambda n: max(_size(fields[n], _shape(n))))
     features, both = (_returning(graph, last.name, and_output) for and_output in (False, True))
     return Trace(layers, _size(fields[last], _shape(last)), fields[last], features, both)
+
+
+def effective_receptive_field(features: nn.Module, inputs: Tensor) -> Tensor:
+    """Mean absolute gradient (H, W) of the central unit of `features`, summed over its channels,
+    with respect to the pixels of inputs float32 (N, 3, H, W) (Luo et al. 2016, "Understanding the
+    Effective Receptive Field in Deep Convolutional Neural Networks")."""
+    heat = torch.zeros(inputs.shape[2:])
+    for batch in inputs.split(100):
+        batch = batch.clone().requires_grad_()
+        maps = features(batch)
+        centre = maps[:, :, maps.shape[2] // 2, maps.shape[3] // 2].sum()
+        heat += torch.autograd.grad(centre, batch)[0].abs().sum((0, 1))
+    return heat / len(inputs)
 
 
 def _returning(graph: fx.GraphModule, name: str, and_output: bool) -> fx.GraphModule:

@@ -26,7 +26,8 @@ class Training:
     scaler: torch.amp.GradScaler
     history: list[dict[str, Any]] = field(default_factory=list)
     elapsed: float = 0.0  # seconds spent on preparing steps, on epochs and evaluations
-    reached: dict[str, float] | None = None  # epoch and seconds at which --target was reached
+    prepared: float = 0.0  # of these, before the first step
+    reached: dict[str, float] | None = None  # when --target was: epoch, seconds since `prepared`
 
     def state(self) -> dict[str, Any]:
         return {

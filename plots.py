@@ -235,7 +235,6 @@ def grad_cam_panels(run: Path, dataset: data.Dataset, numbers: list[int]) -> lis
     """For the test images with these numbers: Grad-CAM of the predicted class (Selvaraju et al.
     2017) and the central unit's effective receptive field, both before the global pooling."""
     import graph
-    import rf
 
     net, _ = checkpoint.load_net(run / "model.pt")
     traced = graph.trace(net)
@@ -247,7 +246,7 @@ def grad_cam_panels(run: Path, dataset: data.Dataset, numbers: list[int]) -> lis
     cams = over_image(cams, traced.fields)
     panels, names = [], shortened(dataset.classes, 12)
     for position, number in enumerate(numbers):
-        heat = rf.effective_receptive_field(traced.features, inputs[position : position + 1])
+        heat = graph.effective_receptive_field(traced.features, inputs[position : position + 1])
         true, taken = names[dataset.test_labels[number]], names[predicted[position]]
         overlays = [(x / x.max().clamp(min=1e-12)).numpy() for x in (cams[position], heat)]
         image = dataset.test_images[number].permute(1, 2, 0).numpy()

@@ -130,7 +130,7 @@ def show(summary: dict[str, Any]) -> None:
     if summary["target"]:
         when = "not reached"
         if reached := summary["target_reached"]:
-            when = f"reached in epoch {reached['epoch']}, {reached['seconds']:.1f} s of training"
+            when = f"in epoch {reached['epoch']}, {reached['seconds']:.1f} s from the first step"
         print(f"target {summary['target']:<14.2%} {when}")
 
 

@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import model
 from common import SIZE, Parser, UserError, with_exit_status
-from graph import trace
+from graph import effective_receptive_field, trace
 
 
 def receptive_field(module: nn.Module, input_shape: tuple[int, int, int] = (3, 32, 32)) -> int:
@@ -26,19 +26,6 @@ def receptive_field(module: nn.Module, input_shape: tuple[int, int, int] = (3, 3
     a UserError that names the node if the graph holds an operator that this cannot account for.
     """
     return max(trace(module, input_shape).receptive_field)
-
-
-def effective_receptive_field(features: nn.Module, inputs: Tensor) -> Tensor:
-    """Mean absolute gradient (H, W) of the central unit of `features`, summed over its channels,
-    with respect to the pixels of inputs float32 (N, 3, H, W) (Luo et al. 2016, "Understanding the
-    Effective Receptive Field in Deep Convolutional Neural Networks")."""
-    heat = torch.zeros(inputs.shape[2:])
-    for batch in inputs.split(100):
-        batch = batch.clone().requires_grad_()
-        maps = features(batch)
-        centre = maps[:, :, maps.shape[2] // 2, maps.shape[3] // 2].sum()
-        heat += torch.autograd.grad(centre, batch)[0].abs().sum((0, 1))
-    return heat / len(inputs)
 
 
 # The command line

@@ -76,9 +76,8 @@ def run_seeds(args: Namespace, argv: list[str], device: torch.device) -> None:
         dataset = data.load(args.data, Path(args.data_dir), device, args.train_images, args.holdout)
     if len(set(ranks.gathered(dataset.checksum))) > 1:
         raise UserError(f"--data {args.data}: the processes read different images; try again")
+    seconds = time.perf_counter() - start
     refuse_batch_size(args, dataset)
-    if ranks.rank() == 0:
-        print(f"data read in {time.perf_counter() - start:.1f} s", file=sys.stderr)
     command = shlex.join(["python", "train.py", *argv])
     if not args.resume:
         refuse_existing(run_folder(args, dataset.name))
@@ -86,6 +85,8 @@ def run_seeds(args: Namespace, argv: list[str], device: torch.device) -> None:
         config = checkpoint.load_config(Path(args.resume))
         refuse_other_images(config, dataset, args)
         command = config.get("command", command)  # the one that began the run
+    if ranks.rank() == 0:
+        print(f"data read in {seconds:.1f} s", file=sys.stderr)
     if args.repeat == 1:
         run(args, command, dataset, start)
     else:

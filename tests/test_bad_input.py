@@ -57,10 +57,9 @@ def test_bad_flags(tmp_path, monkeypatch, capsys, arguments, named):
     (tmp_path / "file").write_text("not a folder")
     assert train.main([*SMALL, *arguments]) == 2
     printed = capsys.readouterr()
-    error = [line for line in printed.err.splitlines() if not line.startswith("data read")]
-    assert len(error) == 1
-    assert error[0].startswith("error: ")
-    assert named in error[0]
+    (error,) = (x for x in printed.err.splitlines() if not x.startswith("data read"))
+    assert error.startswith("error: ")
+    assert named in error
     assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["file"]
 
 

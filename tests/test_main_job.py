@@ -5,6 +5,7 @@ import math
 import re
 import signal
 import sys
+import time
 import weakref
 from itertools import chain, repeat
 from pathlib import Path
@@ -96,13 +97,16 @@ def test_summary_agrees_with_the_predictions(finished):
 def test_when_the_target_is_reached(
     target, epoch, said, tmp_path, monkeypatch, no_pictures, capsys
 ):
-    accuracies = chain([0.2, 0.6], repeat(0.4))
+    accuracies, make_step = chain([0.2, 0.6], repeat(0.4)), step.make_step
+    monkeypatch.setattr(step, "make_step", lambda *of: time.sleep(0.3) or make_step(*of))
     monkeypatch.setattr(report, "accuracy", lambda *_: next(accuracies))
     out = ["--epochs", "3", "--net", "net136k", "--out", str(tmp_path), "--target", target]
     assert train.main([*SMALL, *out]) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     reached = summary["target_reached"]
     assert (reached and reached["epoch"]) == epoch
+    if reached:
+        assert reached["seconds"] + 0.3 <= summary["training_seconds"]  # counted from a first step
     assert (summary["best_epoch"], summary["best_accuracy"]) == (2, 0.6)
     (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("target")]
     assert said in line
