@@ -89,6 +89,32 @@ def test_programs_share_rows_that_they_cannot_take_at_once(monkeypatch):
 
 
 @loops
+def test_maps_in_bfloat16_are_computed_in_float32():
+    """Only the two functions' outcomes are rounded, by up to 2⁻⁸ each."""
+    norm, inputs = mirror.MirrorNorm(20).to(DEVICE), [maps(2, 40, 8, 8), maps(2, 40, 8, 8)]
+    nn.init.uniform_(norm.weight), nn.init.normal_(norm.bias)
+    inputs = [each.detach().bfloat16() for each in (*inputs, maps(40, 1, 4, 4))]
+
+    def ours(x, skip, weight):
+        return depthwise.depthwise(kernels.norm(norm, x, skip), weight, 2, 1, 1)
+
+    def pytorchs(x, skip, weight):
+        return F.conv2d(norm.by_pytorch(x, skip), weight, None, 2, 1, groups=40)
+
+    def outcomes(function, inputs):
+        given = [*(each.requires_grad_() for each in inputs), *norm.parameters()]
+        y = function(*inputs)
+        return [y, *torch.autograd.grad(y.sum(), given)]
+
+    found, expected = (
+        outcomes(ours, inputs),
+        outcomes(pytorchs, [x.detach().float() for x in inputs]),
+    )
+    for one, other in zip(found, expected, strict=True):
+        assert (one - other).norm() < 0.01 * other.norm()
+
+
+@loops
 def test_what_is_no_number_stays_none():
     x, layer = maps(2, 6, 4, 4).detach(), mirror.MirrorNorm(3).to(DEVICE)
     x[0, 0] = torch.nan
