@@ -196,3 +196,15 @@ def test_torchrun_and_a_process_that_dies(tmp_path, run):
     assert "Signal 9" in error
     assert train.main(["--resume", str(folder)]) == 0
     assert [line["epoch"] for line in lines(folder)] == list(range(1, 13))
+
+
+@pytest.mark.gpu
+def test_a_process_for_each_gpu(tmp_path, run):
+    count = torch.cuda.device_count()
+    argv = [*run, "--device", "cuda", "--epochs", "2", "--batch-size", str(10 * count)]
+    assert together(count, [*argv, "--out", tmp_path / "run"], tmp_path) == [0] * count
+    summary = json.loads((tmp_path / "run/summary.json").read_text())
+    assert summary["processes"] == count
+    nets = [torch.load(tmp_path / f"rank{r}.pt", weights_only=True)["nets"] for r in range(count)]
+    for name, value in nets[0][-1].items():
+        assert all(torch.equal(value.cpu(), net[-1][name].cpu()) for net in nets)
