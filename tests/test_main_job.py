@@ -223,12 +223,6 @@ def test_a_class_whose_name_would_break_a_table(tmp_path, no_pictures):
     assert "\n| a\\|b | " in (tmp_path / "run/card.md").read_text()
 
 
-def test_augmented_by_albumentations(tmp_path, no_pictures):
-    extra = ["--net", "net136k", "--augment", "albumentations", "--out", str(tmp_path / "run")]
-    assert train.main([*SMALL, *extra]) == 0
-    assert len(lines(tmp_path / "run")) == 2
-
-
 def test_without_a_network_it_says_so_twice(tmp_path, monkeypatch, capsys, no_pictures):
     def unreachable(*_):
         raise TimeoutError("timed out")

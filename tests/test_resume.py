@@ -59,6 +59,17 @@ def test_ended_and_resumed_is_as_if_nothing_had_been(
     assert "`resume " not in (folder / "card.md").read_text()
 
 
+def test_resumed_with_albumentations_in_a_loader(tmp_path, monkeypatch, no_pictures):
+    run = [*SMALL, "--net", "net136k", "--augment", "albumentations", "--out"]
+    assert train.main([*run, str(tmp_path / "whole")]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(report, "format_line", Mock(side_effect=KeyboardInterrupt))
+        assert train.main([*run, str(tmp_path / "ended")]) == 130
+    assert len(lines(tmp_path / "ended")) == 1
+    assert train.main(["--resume", str(tmp_path / "ended")]) == 0
+    assert timeless(tmp_path / "ended") == timeless(tmp_path / "whole")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ended_behind_its_last_epoch(finished, tmp_path, monkeypatch, capsys, no_pictures, number):
     folder = shutil.copytree(finished[0], tmp_path / "run")
