@@ -163,8 +163,9 @@ def test_all_trains_no_variants(monkeypatch):
     called = []
     for name in ("epoch", "layers", "kernels", "augment", "startup", "trainings"):
         monkeypatch.setattr(bench, f"bench_{name}", lambda *_, name=name: called.append(name))
+    monkeypatch.setattr(bench, "versions", lambda: called.append("versions"))
     assert bench.main(["all"]) == 0
-    assert called == ["augment", "epoch", "layers", "kernels", "startup"]
+    assert called == ["versions", "augment", "epoch", "layers", "kernels", "startup"]
 
 
 def test_nets_side_by_side(arguments, tmp_path, capsys):
