@@ -1,12 +1,13 @@
 """Measure speed on a device, or train and compare nets, recipes and run lengths.
 
-    python bench.py epoch | layers | kernels | augment | startup | all [--data …]
+    python bench.py epoch | layers | kernels | startup | augment | all [--data …]
     python bench.py nets | recipes | ingredients | lengths [--epochs …] [--repeat N]
 
 Each prints a table and writes it, with device, versions and data set, to `results/`; `all` runs
 everything in the first line.
 """
 
+import argparse
 import os
 import re
 import shlex
@@ -14,6 +15,7 @@ import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,6 @@ import torch
 
 import checkpoint
 import data
-import flags
 import graph
 import measure
 import model
@@ -29,7 +30,7 @@ import report
 import step
 import trials
 import ways
-from common import Parser, UserError, first_line, require, with_exit_status
+from common import Parser, UserError, first_line, number, require, with_exit_status
 from machine import (
     DEVICES,
     choose_device,
@@ -59,11 +60,13 @@ def bench_epoch(args: Namespace, argv: list[str]) -> None:
         rows.append(row | {"floor_seconds": EPOCH / batch * floor})
     title = f"seconds for 50,000 images, {args.net} on {dataset.name}, {precision}"
     print(f"\n{title}; {device_name(device)}\n{format_rows(rows)}\n", flush=True)
-    seconds = epoch_ways(dataset, args.net, precision)
-    print(format_ways(seconds))
     figures = {"title": title, "data": dataset.name, "ceilings": vars(ceilings)}
-    figures |= {"batch_sizes": rows, "ways_epoch_seconds": seconds}
-    write(f"epoch-{args.net}", device_name(device), argv, figures)
+    figures |= {"batch_sizes": rows}
+    keep = partial(write, f"epoch-{args.net}", device_name(device), argv)
+    keep(figures)  # should one of the ways fail
+    figures["ways_epoch_seconds"] = epoch_ways(dataset, args.net, precision)
+    print(format_ways(figures["ways_epoch_seconds"]))
+    keep(figures)
 
 
 def bench_layers(args: Namespace, argv: list[str]) -> None:
@@ -284,36 +287,37 @@ def write(name: str, device: str, argv: list[str], figures: dict[str, Any]) -> P
 
 
 def bench_all(args: Namespace, argv: list[str]) -> None:
-    for job in (bench_augment, bench_epoch, bench_layers, bench_kernels, bench_startup):
+    for job in (bench_epoch, bench_layers, bench_kernels, bench_startup, bench_augment):
         job(args, argv)
 
 
 @with_exit_status
 def main(argv: list[str]) -> None:
-    versions()
+    versions()  # as they are now: cached
     parser = Parser(prog="bench.py", description=__doc__.partition("\n")[0])
-    what = parser.add_subparsers(required=True, metavar="WHAT")
-    count = flags.number(int, 1)
+    what = parser.add_subparsers(required=True)
+    count = number(int, 1)
 
     def add(name: str, bench: Callable[[Namespace, list[str]], None], text: str) -> Parser:
-        each = what.add_parser(name, help=text)
+        defaults = argparse.ArgumentDefaultsHelpFormatter
+        each = what.add_parser(name, help=text, formatter_class=defaults)
         each.set_defaults(bench=bench)
         each.add_argument("--data", default="auto", help="as for train.py")
-        each.add_argument("--device", choices=DEVICES, default="auto")
+        each.add_argument("--device", choices=DEVICES, default="auto", help="as for train.py")
         return each
 
     epoch = add("epoch", bench_epoch, "time an epoch, its phases and the alternatives")
     layers = add("layers", bench_layers, "time each layer against its floor")
     kernels = add("kernels", bench_kernels, "list a step's kernels by time")
-    add("augment", bench_augment, "images augmented per second, by ours and other libraries")
     startup = add("startup", bench_startup, "time from process start to first step and end")
+    add("augment", bench_augment, "images augmented per second, by ours and other libraries")
     everything = add("all", bench_all, "all of the above")
     for each in (epoch, layers, kernels, startup, everything):
-        each.add_argument("--net", choices=model.NETS, default="atrous")
+        each.add_argument("--net", choices=model.NETS, default="atrous", help="as for train.py")
     for each in (epoch, everything):
-        each.add_argument("--batch-size", type=count, nargs="+")
+        each.add_argument("--batch-size", type=count, nargs="+", help="None: three usual ones")
     for each in (startup, everything):
-        each.add_argument("--epochs", type=count, help="default: 40 on a GPU, else 1")
+        each.add_argument("--epochs", type=count, help="None: 40 on a GPU, else 1")
     several: dict[str, Any] = {"nargs": "+", "default": [8, 15, 40, 100]}
     for variants, epochs, text in (
         (trials.nets, {"default": 40}, "train the default net and the published ones"),
@@ -324,7 +328,7 @@ def main(argv: list[str]) -> None:
         name = variants.__name__
         each = add(name, bench_trainings, text)
         each.set_defaults(variants=variants)
-        each.add_argument("--epochs", type=count, **epochs)
+        each.add_argument("--epochs", type=count, help="length of each run", **epochs)
         each.add_argument("--repeat", type=count, default=1, help="seeds for each")
         each.add_argument(
             "--out", metavar="DIR", default=f"runs/{name}", help="folder for the runs"

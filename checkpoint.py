@@ -4,7 +4,6 @@ that they hold."""
 import json
 import shlex
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
@@ -100,7 +99,14 @@ def load_data(run: Path) -> data.Dataset:
 
 def load_summary(run: Path) -> dict[str, Any]:
     """The summary of the run in a folder. Raises UserError if it is missing or damaged."""
-    return _read(run / "summary.json", lambda file: dict(json.load(file)))
+
+    def parse(file: BinaryIO) -> dict[str, Any]:
+        summary = dict(json.load(file))
+        if missing := {"final_accuracy", "versions"} - summary.keys():  # its first and last parts
+            raise ValueError(f"{min(missing)} is missing")
+        return summary
+
+    return _read(run / "summary.json", parse)
 
 
 def load_history(run: Path) -> list[dict[str, Any]]:
@@ -111,7 +117,7 @@ def load_history(run: Path) -> list[dict[str, Any]]:
 def load_predictions(run: Path) -> np.ndarray:
     """The test logits float32 (N, classes) of the run in a folder. Raises UserError if they are
     missing or damaged."""
-    return _read(run / "predictions.npy", partial(np.load, allow_pickle=False))
+    return _read(run / "predictions.npy", np.lib.format.read_array)
 
 
 def _read(path: Path, parse: Callable[[BinaryIO], T]) -> T:
@@ -121,7 +127,10 @@ def _read(path: Path, parse: Callable[[BinaryIO], T]) -> T:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise _missing(path) from error
     except Exception as error:  # a damaged file can fail in any way
-        raise UserError(f"{path} is damaged: {first_line(error)}") from error
+        run, way = path.parent, ""
+        if path.name != "config.json":
+            way = f"; delete {run / 'summary.json'}, then train.py --resume {run} writes it anew"
+        raise UserError(f"{path} is damaged: {first_line(error)}{way}") from error
 
 
 def _missing(path: Path) -> UserError:
@@ -134,4 +143,6 @@ def _missing(path: Path) -> UserError:
     if (run / "config.json").exists() and not (run / "summary.json").exists():
         way = going_on(run, "it")
         return UserError(f"{path} does not exist because the run has not finished: train.py {way}")
+    if (run / "model.pt").exists() and not (run / "config.json").exists():
+        return UserError(f"{run} holds only a net, for predict.py; this needs a whole run's folder")
     return UserError(f"{path} does not exist")

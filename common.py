@@ -4,6 +4,7 @@ import argparse
 import functools
 import importlib.util
 import io
+import math
 import os
 import shlex
 import signal
@@ -13,7 +14,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import BinaryIO, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 SIZE = 32  # side of every image, pixels
 
@@ -40,6 +41,23 @@ def require(*packages: str) -> None:
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
+
+
+def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Any:
+    """An argparse type: an int or float from `low` (excluded if `above`) to `high`, finite."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if abs(value) == math.inf:
+            raise argparse.ArgumentTypeError(f"{text} is not finite")
+        if not low <= value <= high or (above and value == low):
+            bounds = f"above {low}" if above else f"at least {low}"
+            limit = "" if high == math.inf else f" and at most {high}"
+            raise argparse.ArgumentTypeError(f"{text} must be {bounds}{limit}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
 
 
 def exit_status(job: Callable[[], int | None]) -> int:

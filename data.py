@@ -75,7 +75,7 @@ def load(
             lost = next(name for k, name in enumerate(classes) if k not in left)
             raise UserError(f"--train-images and --holdout leave no training image of {lost}")
     mean, std = _channel_statistics(images)
-    if not bool((std > 0).all()):
+    if not (std > 0).all():
         raise UserError(f"--data {source}: a colour channel is constant; use other images")
     tensors = [t.to(device) for t in (images, labels, *splits["test"], mean, std)]
     return Dataset(name, classes, *tensors)
@@ -112,7 +112,10 @@ def _read(source: str, data_dir: Path) -> tuple[str, list[str], Splits]:
         raise UserError(
             f"--data {source}: no such folder or archive, and not auto, cifar10 or synthetic"
         )
-    return image_files.read(path)
+    try:
+        return image_files.read(path)
+    except UserError as error:
+        raise UserError(f"--data {source}: {error}") from error
 
 
 def _balanced_order(labels: Tensor) -> Tensor:

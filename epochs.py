@@ -35,17 +35,7 @@ def training_batches(dataset: data.Dataset, args: Namespace) -> Iterator[tuple[T
     if args.augment == "albumentations":
         import reference
 
-        loader = reference.loader(
-            dataset.train_images,
-            dataset.train_labels,
-            [index.tolist() for index in batches],
-            policy_of(args),
-            dataset.mean,
-            args.workers,
-        )
-        for images, labels in loader:
-            images, labels = (each.to(device, non_blocking=True) for each in (images, labels))
-            yield data.normalize(images, dataset.mean, dataset.std), labels
+        yield from reference.augmented(dataset, batches, policy_of(args), args.workers)
         return
     policy = policy_of(args) if args.augment == "device" else None
     several, size = batches_at_once(args.batch_size, device), len(batches[0])

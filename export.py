@@ -114,13 +114,11 @@ def to_int8(model: bytes, images: np.ndarray) -> bytes:
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    class Batches(CalibrationDataReader):
-        def __init__(self) -> None:
-            batches = np.array_split(images, max(1, len(images) // 100))
-            self.inputs = ({"images": batch} for batch in batches)
+    batches = iter(np.array_split(images, max(1, len(images) // 100)))
 
+    class Batches(CalibrationDataReader):
         def get_next(self) -> dict[str, np.ndarray] | None:
-            return next(self.inputs, None)
+            return next(({"images": batch} for batch in batches), None)
 
     with tempfile.TemporaryDirectory() as folder:
         source, prepared, quantised = (Path(folder, f"{name}.onnx") for name in "abc")

@@ -1,7 +1,6 @@
 """Every knob of a run, with its default and its bounds."""
 
 import argparse
-import math
 import textwrap
 from argparse import Namespace
 from dataclasses import fields
@@ -13,25 +12,8 @@ import model
 import step
 import zoo
 from augment import BORDERS, Policy
-from common import SIZE, Parser, UserError
+from common import SIZE, Parser, UserError, number
 from machine import DEVICES
-
-
-def number(kind: type, low: float, high: float = math.inf, above: bool = False) -> Any:
-    """An argparse type: an int or float from `low` (excluded if `above`) to `high`, finite."""
-
-    def parse(text: str) -> float:
-        value = kind(text)
-        if abs(value) == math.inf:
-            raise argparse.ArgumentTypeError(f"{text} is not finite")
-        if not low <= value <= high or (above and value == low):
-            bounds = f"above {low}" if above else f"at least {low}"
-            limit = "" if high == math.inf else f" and at most {high}"
-            raise argparse.ArgumentTypeError(f"{text} must be {bounds}{limit}")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
 
 
 def make_parser() -> Parser:
@@ -47,14 +29,14 @@ def make_parser() -> Parser:
     flag("--data", default="auto", help="auto, cifar10, synthetic, or a folder or archive")
     flag("--data-dir", default="data", help="where CIFAR-10 is stored or downloaded to")
     flag("--train-images", type=count, help="train on a class-balanced subset of this size")
-    flag("--holdout", type=number(int, 0), default=0, help="test on this many training images")
+    flag("--holdout", type=number(int, 0), default=0, help="training images to test on instead")
 
     flag = parser.add_argument_group("net").add_argument
     flag("--net", default="atrous", choices=model.NETS, help="atrous or a published net")
     flag("--dropout", type=number(float, 0, 0.99), default=0.0, help="dropout probability")
 
     flag = parser.add_argument_group("training").add_argument
-    flag("--recipe", choices=zoo.RECIPES, help="a published net's recipe; your flags override it")
+    flag("--recipe", choices=zoo.RECIPES, help="published, for any --net; your flags override it")
     flag("--epochs", type=count, default=40, help="passes over the training images")
     flag("--batch-size", type=count, default=256, help="images per step, over all processes")
     flag(
@@ -79,7 +61,7 @@ def make_parser() -> Parser:
     flag("--augment", choices=ways, default="device", help="albumentations: in a DataLoader")
     flag("--workers", type=number(int, 0, 256), default=2, help="for --augment albumentations")
     flag("--flip-p", type=share, help="probability of a flip")
-    flag("--shift", type=share, help="shift limit, fraction of the width")
+    flag("--shift", type=share, help="whole pixels, less than this share of the width")
     flag("--scale", type=number(float, 0, 0.9), help="largest change, x and y drawn independently")
     flag("--rotate", type=number(float, 0, 180), help="largest angle, degrees")
     flag("--affine-p", type=share, help="probability of shift, scale and rotation")
@@ -132,6 +114,9 @@ def parse_flags(argv: list[str]) -> Namespace:
         if args.recipe is not None:
             parser.set_defaults(**zoo.RECIPES[args.recipe].flags)
             args = parser.parse_args(argv)
+        for name in vars(Policy()) if args.augment == "none" else ():
+            if vars(args)[name] != parser.get_default(name):
+                raise UserError(f"{option(name)} does nothing with --augment none: omit either")
         if args.cutout and args.cutout_min is not None and args.cutout_min > args.cutout:
             raise UserError(f"--cutout-min {args.cutout_min}: larger than --cutout {args.cutout}")
         for share, *limits in COLOURS:

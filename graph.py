@@ -1,4 +1,4 @@
-"""The traced graph of any module: its layers, and which pixels each map depends on."""
+"""The traced graph of any module: its layers, which pixels each map depends on, and how much."""
 
 import copy
 import io
@@ -86,21 +86,7 @@ def trace(module: nn.Module, input_shape: tuple[int, int, int] = (3, 32, 32)) ->
     the net, as the gates of squeeze-and-excitation do, sees the whole image. Raises a UserError
     that names the node if the graph holds an operator that this cannot account for.
     """
-    try:
-        module = copy.deepcopy(module).cpu().eval()
-        if Tracer().is_leaf_module(module, ""):
-            module = nn.Sequential(module)  # tracing enters the root, even a lone Conv2d
-        graph = fx.GraphModule(module, Tracer().trace(module))
-        outputs = []
-        with torch.no_grad(), torch.random.fork_rng([]), redirect_stderr(io.StringIO()):
-            for run in (module, ShapeProp(graph).propagate):  # ShapeProp prints tracebacks
-                torch.default_generator.manual_seed(0)
-                outputs.append(run(torch.rand(1, *input_shape)))
-        torch.testing.assert_close(*outputs, equal_nan=True, msg=UNTRUE)
-    except Exception as error:  # a user's net can fail in any way
-        raise UserError(
-            f"receptive field: the net cannot be traced: {first_line(error)}"
-        ) from error
+    graph = _graph_of(module, input_shape)
     fields: dict[fx.Node, Fields | None] = {}  # None: no longer a map, its layout is lost
     layers, pooled = [], []
     for node in graph.graph.nodes:
@@ -126,6 +112,26 @@ def trace(module: nn.Module, input_shape: tuple[int, int, int] = (3, 32, 32)) ->
     last = max(reversed(pooled), key=lambda n: max(_size(fields[n], _shape(n))))
     features, both = (_returning(graph, last.name, and_output) for and_output in (False, True))
     return Trace(layers, _size(fields[last], _shape(last)), fields[last], features, both)
+
+
+def _graph_of(module: nn.Module, input_shape: tuple[int, int, int]) -> fx.GraphModule:
+    """The graph of a copy of `module`, its nodes with their shapes, proven to compute the same."""
+    try:
+        module = copy.deepcopy(module).cpu().eval()
+        if Tracer().is_leaf_module(module, ""):
+            module = nn.Sequential(module)  # tracing enters the root, even a lone Conv2d
+        graph = fx.GraphModule(module, Tracer().trace(module))
+        outputs = []
+        with torch.no_grad(), torch.random.fork_rng([]), redirect_stderr(io.StringIO()):
+            for run in (module, ShapeProp(graph).propagate):  # ShapeProp prints tracebacks
+                torch.default_generator.manual_seed(0)
+                outputs.append(run(torch.rand(1, *input_shape)))
+        torch.testing.assert_close(*outputs, equal_nan=True, msg=UNTRUE)
+    except Exception as error:  # a user's net can fail in any way
+        raise UserError(
+            f"receptive field: the net cannot be traced: {first_line(error)}"
+        ) from error
+    return graph
 
 
 def effective_receptive_field(features: nn.Module, inputs: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import NoReturn
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 from tqdm import tqdm
 
@@ -24,28 +24,18 @@ MAX_ARCHIVE_BYTES = 2 << 30  # unpacked
 MAX_IMAGES = 1_000_000  # 3 GB of pixels
 CACHE_FORMAT = 5  # raise when what is cached changes
 
-TURNS = {  # by EXIF orientation; ImageOps.exif_transpose fails if any other tag is malformed
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
-
 Splits = dict[str, tuple[Tensor, Tensor]]  # "train" and "test": images, labels
 
 
 def read(path: Path) -> tuple[str, list[str], Splits]:
     """Name, classes and images of a folder or archive, from the cache if it is unchanged. Raises
     UserError if anything is wrong with it."""
-    name = path.name.removesuffix(".xz").removesuffix(".gz").removesuffix(".tar")
-    name = name or path.resolve().name
+    name = os.path.basename(os.path.abspath(path))  # of "..", too
+    name = name.removesuffix(".xz").removesuffix(".gz").removesuffix(".tar")
     try:
         key = _fingerprint(path)
     except OSError as error:
-        raise UserError(f"--data {path} cannot be read: {error}") from error
+        raise UserError(f"cannot be read: {error}") from error
     cache = _cache_home() / "atrous" / f"{name}-{key}.pt"
     try:
         check_sums(cache)
@@ -93,25 +83,26 @@ def _decode(path: Path) -> tuple[list[str], Splits]:
     for name, blob in tqdm(members, desc=f"decoding {path.name}", unit=" images", disable=None):
         split, *inner = PurePosixPath(name).parts
         if len(inner) != 2 or ".." in inner:
-            raise UserError(f"--data {path}: {name} is not of the form {split}/<class>/<image>")
+            raise UserError(f"{name} is not of the form {split}/<class>/<image>")
         if not inner[0].isprintable():
-            raise UserError(f"--data {path}: {name!a} has an unprintable class name; rename it")
+            raise UserError(f"{name!a} has an unprintable class name; rename it")
         if tuple(inner) in decoded[split]:
-            raise UserError(f"--data {path}: {name} appears twice")
-        decoded[split][tuple(inner)] = _pixels(path, name, blob)
+            raise UserError(f"{name} appears twice")
+        decoded[split][tuple(inner)] = _pixels(name, blob)
         if sum(map(len, decoded.values())) > MAX_IMAGES:
-            raise UserError(f"--data {path}: more than {MAX_IMAGES:,} images")
+            raise UserError(f"more than {MAX_IMAGES:,} images")
     for split, images in decoded.items():
         if not images:
-            raise UserError(f"--data {path}: no images in {split}/<class>/ at its top level")
+            raise UserError(
+                f"no images in {split}/<class>/ at its top level; "
+                f"for CIFAR-10's own files: --data cifar10 --data-dir {path.parent}"
+            )
     classes, test_classes = (sorted({c for c, _ in decoded[s]}) for s in ("train", "test"))
     if classes != test_classes:
-        raise UserError(
-            f"--data {path}: classes missing from train/ or test/: "
-            f"{', '.join(sorted(set(classes) ^ set(test_classes)))}"
-        )
+        missing = ", ".join(sorted(set(classes) ^ set(test_classes)))
+        raise UserError(f"classes missing from train/ or test/: {missing}")
     if len(classes) < 2:
-        raise UserError(f"--data {path}: only one class, {classes[0]}; at least two are needed")
+        raise UserError(f"only one class, {classes[0]}; at least two are needed")
     number, splits = {name: index for index, name in enumerate(classes)}, {}
     for split, images in decoded.items():
         names = sorted(images)
@@ -121,14 +112,13 @@ def _decode(path: Path) -> tuple[list[str], Splits]:
     return classes, splits
 
 
-def _pixels(path: Path, name: str, blob: bytes) -> np.ndarray:
+def _pixels(name: str, blob: bytes) -> np.ndarray:
     """The RGB pixels uint8 (32, 32, 3) of a PNG or JPEG file."""
     try:
         with Image.open(io.BytesIO(blob), formats=("PNG", "JPEG")) as image:
             if image.size != (SIZE, SIZE):  # known from the header: nothing large is decoded
-                raise UserError(
-                    f"--data {path}: {name} is {image.width}×{image.height}, not {SIZE}×{SIZE}"
-                )
+                size = f"{image.width}×{image.height}"
+                raise UserError(f"{name} is {size}: resize your images to {SIZE}×{SIZE}")
             if image.format == "PNG":  # check its checksums, which Pillow ignores when decoding
                 with Image.open(io.BytesIO(blob), formats=("PNG",)) as whole:
                     whole.verify()
@@ -136,9 +126,8 @@ def _pixels(path: Path, name: str, blob: bytes) -> np.ndarray:
     except UserError:
         raise
     except Exception as error:  # Pillow raises OSError, SyntaxError, struct.error and others
-        raise UserError(
-            f"--data {path}: {name} is not a valid PNG or JPEG image: {why_unreadable(error)}"
-        ) from error
+        why = why_unreadable(error)
+        raise UserError(f"{name} is not a valid PNG or JPEG image: {why}") from error
 
 
 def why_unreadable(error: Exception) -> str:
@@ -150,11 +139,8 @@ def why_unreadable(error: Exception) -> str:
 def to_rgb(image: Image.Image) -> Image.Image:
     """An image of any mode as RGB: oriented as its EXIF says, on white where it is transparent."""
     image.load()
-    turn = None
-    with suppress(Exception):  # EXIF may be damaged
-        turn = TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
-    if turn is not None:
-        image = image.transpose(turn)
+    with suppress(Exception):  # EXIF may be damaged: in place, it turns before it rewrites that
+        ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I") or image.mode == "F":
         image = _in_8_bits(image)
     if image.has_transparency_data:
@@ -200,12 +186,12 @@ def _folder_members(path: Path) -> Iterator[tuple[str, bytes]]:
         name = file.relative_to(path).as_posix()
         try:
             if not file.is_file():
-                raise UserError(f"--data {path}: {name} is not a regular file")
+                raise UserError(f"{name} is not a regular file")
             if file.stat().st_size > MAX_FILE_BYTES:
-                raise UserError(f"--data {path}: {name} is too large for a {SIZE}×{SIZE} image")
+                raise UserError(f"{name} is too large: resize your images to {SIZE}×{SIZE}")
             yield name, file.read_bytes()
         except OSError as error:
-            raise UserError(f"--data {path}: {name} cannot be read: {error}") from error
+            raise UserError(f"{name} cannot be read: {error}") from error
 
 
 class _StrictTarInfo(tarfile.TarInfo):
@@ -244,7 +230,7 @@ def _archive_members(path: Path) -> Iterator[tuple[str, bytes]]:
                 if archive.offset < member.offset_data:  # a negative size: it would seek back
                     raise tarfile.ReadError(f"{member.name} claims {member.size:,} bytes")
                 if member.offset_data + member.size > MAX_ARCHIVE_BYTES:
-                    raise UserError(f"--data {path}: unpacks to over {MAX_ARCHIVE_BYTES >> 30} GiB")
+                    raise UserError(f"unpacks to over {MAX_ARCHIVE_BYTES >> 30} GiB")
                 parts = PurePosixPath(member.name).parts
                 if not parts or parts[0] not in ("train", "test"):
                     continue
@@ -252,22 +238,22 @@ def _archive_members(path: Path) -> Iterator[tuple[str, bytes]]:
                     continue
                 last = "/".join(parts)
                 if not member.isreg():
-                    raise UserError(f"--data {path}: {last} is a link or device, not an image")
+                    raise UserError(f"{last} is a link or device, not an image")
                 if member.size > MAX_FILE_BYTES:
-                    raise UserError(f"--data {path}: {last} is too large for a {SIZE}×{SIZE} image")
+                    raise UserError(f"{last} is too large: resize your images to {SIZE}×{SIZE}")
                 blob = archive.extractfile(member).read()
                 if len(blob) < member.size:
-                    raise UserError(f"--data {path}: cut off within {last}")
+                    raise UserError(f"cut off within {last}")
                 yield last, blob
             while rest := archive.fileobj.read(1 << 20):  # up to the checksums of gzip and xz
                 if rest.strip(b"\0"):
                     raise tarfile.ReadError("there is data after its end")
                 if archive.fileobj.tell() > MAX_ARCHIVE_BYTES:
-                    raise UserError(f"--data {path}: unpacks to over {MAX_ARCHIVE_BYTES >> 30} GiB")
+                    raise UserError(f"unpacks to over {MAX_ARCHIVE_BYTES >> 30} GiB")
     except UserError:
         raise
     except Exception as error:  # tarfile, gzip, zlib and lzma each have errors of their own
         raise UserError(
-            f"--data {path} is not a valid .tar, .tar.gz or .tar.xz archive "
-            f"(last read: {last}): {first_line(error)}"
+            f"this is not a valid .tar, .tar.gz or .tar.xz archive (last read: {last}): "
+            f"{first_line(error)}"
         ) from error

@@ -7,12 +7,15 @@ from common import UserError
 from mirror import MirrorNorm, MirrorPool, mirrored
 
 
-def conv(inputs: int, outputs: int, kernel: int, **options: int) -> nn.Conv2d:
+def conv(
+    inputs: int, outputs: int, kernel: int, stride: int = 1, dilation: int = 1, groups: int = 1
+) -> nn.Conv2d:
     """A convolution without bias, padded equally on each side so that only a stride changes the
     map's size. A stride of 2 needs an even kernel: an odd one is centred on every other pixel, and
     mirroring the map would move its centres to the pixels in between."""
-    padding = (options.get("dilation", 1) * (kernel - 1) + 2 - options.get("stride", 1)) // 2
-    return mirrored(nn.Conv2d(inputs, outputs, kernel, padding=padding, bias=False, **options))
+    padding = (dilation * (kernel - 1) + 2 - stride) // 2
+    window = kernel, stride, padding, dilation
+    return mirrored(nn.Conv2d(inputs, outputs, *window, groups, bias=False))
 
 
 def dense(inputs: int, outputs: int, kernel: int = 3, **options: int) -> nn.Sequential:
@@ -36,10 +39,11 @@ class Residual(nn.Module):
         nn.init.zeros_(self.layers[-1].weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        skip, *layers, norm = x, *self.layers
+        *layers, norm = self.layers
+        y = x
         for layer in layers:
-            x = layer(x)
-        return norm(x, skip)
+            y = layer(y)
+        return norm(y, x)
 
 
 def atrous(num_classes: int, dropout: float) -> nn.Sequential:
@@ -70,8 +74,13 @@ NETS = {"atrous": atrous, **zoo.NETS}
 def build(name: str, num_classes: int, dropout: float = 0.0) -> nn.Module:
     """The net `name`, giving logits (N, num_classes) for images (N, 3, 32, 32).
 
-    Raises UserError for a name that is not in NETS.
+    Raises UserError for a name that is not in NETS, or what is no function of these arguments.
     """
     if name not in NETS:
         raise UserError(f"--net {name}: not in NETS of model.py")
-    return NETS[name](num_classes, dropout)
+    try:
+        return NETS[name](num_classes, dropout)
+    except TypeError as error:
+        raise UserError(
+            f"--net {name}: NETS must hold a function of (num_classes, dropout): {error}"
+        ) from error

@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from torch import Tensor
 
 import checkpoint
 import data
+import graph
 from common import SIZE, Parser, UserError, with_exit_status, written_whole
 from fields import Fields
 
@@ -80,6 +82,15 @@ def image_grid(path: Path, images: np.ndarray, captions: list[str], title: str) 
 
 def shortened(names: list[str], length: int) -> list[str]:
     return [name if len(name) <= length else name[: length - 1] + "…" for name in names]
+
+
+def examples(path: Path, dataset: data.Dataset, inputs: Tensor, labels: Tensor) -> None:
+    """The first 32 training images of a batch as the net gets them: normalised, (N, 3, H, W)."""
+    images = inputs[:32] * dataset.std.view(-1, 1, 1) + dataset.mean.view(-1, 1, 1)
+    images = images.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    names = shortened(dataset.classes, 20)
+    captions = [names[label] for label in labels[:32].tolist()]
+    image_grid(path, images, captions, f"training images of {dataset.name} as the net sees them")
 
 
 def mistakes(
@@ -234,8 +245,6 @@ def draw_run(
 def grad_cam_panels(run: Path, dataset: data.Dataset, numbers: list[int]) -> list[Panel]:
     """For the test images with these numbers: Grad-CAM of the predicted class (Selvaraju et al.
     2017) and the central unit's effective receptive field, both before the global pooling."""
-    import graph
-
     net, _ = checkpoint.load_net(run / "model.pt")
     traced = graph.trace(net)
     inputs = data.normalize(dataset.test_images[numbers], dataset.mean, dataset.std)
@@ -254,7 +263,7 @@ def grad_cam_panels(run: Path, dataset: data.Dataset, numbers: list[int]) -> lis
     return panels
 
 
-def over_image(maps: torch.Tensor, fields: Fields) -> torch.Tensor:
+def over_image(maps: Tensor, fields: Fields) -> Tensor:
     """Maps (N, 1, h, w) resampled to the image's size, (N, 32, 32): bilinear between the centres of
     their units' receptive fields, which need not tile the image."""
     places = []  # pixels' positions among the units, from -1 to 1

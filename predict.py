@@ -21,8 +21,7 @@ from torch import Tensor, nn
 import checkpoint
 import data
 import step
-from common import SIZE, Parser, printable, with_exit_status
-from flags import number
+from common import SIZE, Parser, number, printable, with_exit_status
 from image_files import is_hidden, to_rgb, why_unreadable
 from machine import DEVICES, choose_device
 
@@ -89,7 +88,9 @@ def probabilities(
 def classify(args: Namespace, failed: list[str]) -> None:
     """Print the net's top classes for each image; names of unreadable ones go to `failed`."""
     device = choose_device(args.device)
-    net, content = checkpoint.load_net(args.run / "model.pt")
+    net, content = checkpoint.load_net(
+        args.run if args.run.suffix == ".pt" else args.run / "model.pt"
+    )
     net.to(device, memory_format=torch.channels_last)
     classes = content["classes"]
     mean, std = (torch.tensor(content[key], device=device) for key in ("mean", "std"))
@@ -98,10 +99,9 @@ def classify(args: Namespace, failed: list[str]) -> None:
     results = []
     while batch := list(islice(images, BATCH)):
         names, pixels = zip(*batch, strict=True)
-        top = probabilities(net, pixels, mean, std).topk(min(args.top, len(classes)))
-        for name, *best in zip(names, *(each.tolist() for each in top), strict=True):
-            pairs = zip(*best, strict=True)
-            results.append((name, [{"class": classes[i], "probability": p} for p, i in pairs]))
+        for name, shares in zip(names, probabilities(net, pixels, mean, std).tolist(), strict=True):
+            best = sorted(zip(shares, classes, strict=True), reverse=True)[: args.top]
+            results.append((name, [{"class": c, "probability": p} for p, c in best]))
     if args.json:
         print(json.dumps([{"image": name, "predictions": best} for name, best in results]))
         return
@@ -117,7 +117,7 @@ def classify(args: Namespace, failed: list[str]) -> None:
 def main(argv: list[str]) -> int:
     """The exit status is 1 where a file was skipped."""
     parser = Parser(prog="predict.py", description="Classify images with a trained net.")
-    parser.add_argument("run", metavar="RUN", type=Path, help="run folder")
+    parser.add_argument("run", metavar="RUN", type=Path, help="run folder, or its model.pt")
     parser.add_argument(
         "images", metavar="IMAGE", nargs="+", help="image files, folders, or - for stdin"
     )

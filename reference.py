@@ -5,12 +5,14 @@ import multiprocessing
 import os
 import random
 import signal
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+import data
 from augment import Policy
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # else importing it goes online
@@ -87,6 +89,18 @@ def loader(
         pin_memory=images.is_cuda,
         worker_init_fn=start_worker,
     )
+
+
+def augmented(
+    dataset: data.Dataset, batches: Iterable[Tensor], policy: Policy, workers: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The data set's training images at each index of `batches`, augmented, normalised and on its
+    device, with their labels."""
+    mean, std, device = dataset.mean, dataset.std, dataset.mean.device
+    given = dataset.train_images, dataset.train_labels, [index.tolist() for index in batches]
+    for batch in loader(*given, policy, mean, workers):
+        images, labels = (each.to(device, non_blocking=True) for each in batch)
+        yield data.normalize(images, mean, std), labels
 
 
 def reseed(transforms: A.Compose) -> None:

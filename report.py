@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 import checkpoint
@@ -61,7 +60,7 @@ def write_outcome(
     }
     checkpoint.save(folder / "model.pt", content)
     plots.draw_run(folder, vars(args), dataset, logits.cpu().numpy(), history)
-    draw_examples(folder / "augmented.png", dataset, examples)
+    plots.examples(folder / "augmented.png", dataset, *examples)
     best = max(history, key=lambda line: line["test_accuracy"])
     labels = dataset.test_labels
     return {
@@ -75,19 +74,6 @@ def write_outcome(
         "best_epoch": best["epoch"],
         "flip_accuracy": accuracy(logits + mirrored, labels),
     }
-
-
-def draw_examples(path: Path, dataset: data.Dataset, examples: tuple[Tensor, Tensor]) -> None:
-    import plots
-
-    inputs, labels = (tensor[:32] for tensor in examples)
-    images = inputs * dataset.std.view(-1, 1, 1) + dataset.mean.view(-1, 1, 1)
-    images = images.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
-    names = plots.shortened(dataset.classes, 20)
-    captions = [names[label] for label in labels.tolist()]
-    plots.image_grid(
-        path, images, captions, f"training images of {dataset.name} as the net sees them"
-    )
 
 
 HEADER = (

@@ -4,6 +4,7 @@ import os
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,13 +71,7 @@ def refuse_other_images(config: dict[str, Any], dataset: data.Dataset, args: Nam
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
-    def write() -> None:
-        try:
-            report.write_json(folder / "config.json", config)
-        except OSError as error:
-            raise UserError(f"{folder} cannot be written to: {error}") from error
-
-    ranks.by_main(write)
+    ranks.by_main(partial(report.write_json, folder / "config.json", config))
 
 
 def note_source(folder: Path, dataset: data.Dataset, args: Namespace) -> None:

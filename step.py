@@ -187,7 +187,7 @@ def predict_logits(net: nn.Module, dataset: Dataset, precision: str, flip: bool 
     """
     net.eval()
     images = dataset.test_images
-    size = min(500 if images.device.type == "cpu" else 5000, -(-len(images) // ranks.count()))
+    size = min(500 if images.device.type == "cpu" else 5000, math.ceil(len(images) / ranks.count()))
     logits = torch.zeros(len(images), len(dataset.classes), device=images.device)
     for start in ranks.share(range(0, len(images), size)):
         batch = slice(start, start + size)

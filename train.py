@@ -190,7 +190,10 @@ def facts_of(
     net: nn.Module, dataset: data.Dataset, args: Namespace, command: str
 ) -> dict[str, Any]:
     """What is known about a run before its first step, for its config and summary."""
-    trace = graph.trace(net)
+    try:
+        trace = graph.trace(net)
+    except UserError as error:
+        raise UserError(f"--net {args.net}: {error}") from error
     with torch.no_grad():
         logits = net.eval()(torch.zeros(1, 3, SIZE, SIZE))
     if getattr(logits, "shape", None) != (1, len(dataset.classes)):

@@ -12,7 +12,6 @@ import train
 import zoo
 from common import Terminated, UserError
 
-MAY_DIFFER = flags.MAY_CHANGE | {"out", "precision"}  # a run records the precision chosen
 INGREDIENTS = {  # the flags that leave each out of train.py's recipe
     "the default": [],
     "no flip": ["--flip-p", "0"],
@@ -69,21 +68,21 @@ def seed_folder(args: Namespace, name: str, seed: int) -> Path:
 
 
 def train_one(given: list[str], folder: Path, args: Namespace) -> None:
-    argv = ["--data", args.data, "--device", args.device, *given, "--out", str(folder)]
+    argv, where = ["--data", args.data, "--device", args.device, *given], "--out"
     if (folder / "config.json").exists():
-        refuse_another(folder, vars(flags.parse_flags(argv)))
-        argv[-2] = "--resume"
+        refuse_another(folder, flags.parse_flags(argv))
+        where = "--resume"
     try:
-        train.run_all(argv)
+        train.run_all([*argv, where, str(folder)])
     except (KeyboardInterrupt, Terminated) as ended:
         raise type(ended)("the same command continues after the last finished epoch") from ended
 
 
-def refuse_another(folder: Path, wanted: dict[str, Any]) -> None:
+def refuse_another(folder: Path, wanted: Namespace) -> None:
     """Raise UserError if the run in a folder has flags other than those wanted."""
     has = checkpoint.load_config(folder)["flags"]
-    for name in wanted:
-        if name not in MAY_DIFFER and has.get(name) != wanted[name]:
+    for name, value in flags.identity(wanted).items():
+        if name != "precision" and has.get(name) != value:  # a run records the one chosen
             raise UserError(
                 f"{folder} holds a run with {flags.option(name)} {has.get(name)}: "
                 "remove it or choose another --out"

@@ -47,7 +47,7 @@ def training(dataset: data.Dataset, args: Namespace, radius: float = 0.0) -> Way
 
 
 def phases(dataset: data.Dataset, args: Namespace) -> Phases:
-    """Such a step in five parts, the first two for all the batches that are augmented at once."""
+    """train.py's own step in five parts, the first two for all batches augmented at once."""
     device, batch = dataset.train_images.device, args.batch_size
     images = batch * epochs.batches_at_once(batch, device)
     index = torch.randint(len(dataset.train_images), (images,), device=device)
@@ -138,7 +138,7 @@ def augmentations(dataset: data.Dataset, cores: int) -> dict[str, Way]:
     """Batches of uint8 images flipped, shifted, scaled, rotated, cut and normalised: by ours; by
     albumentations, image by image on the host; by kornia; by torchvision, which draws one set of
     parameters for a whole batch and has no mirrored border."""
-    device, policy, mean, std = dataset.train_images.device, Policy(), dataset.mean, dataset.std
+    policy, mean, std = Policy(), dataset.mean, dataset.std
 
     def batched(augment: Callable[[Tensor], Tensor]) -> Way:
         def way() -> Iterator[Tensor]:
@@ -151,13 +151,10 @@ def augmentations(dataset: data.Dataset, cores: int) -> dict[str, Way]:
         import reference
 
         def way() -> Iterator[Tensor]:
-            images, labels = dataset.train_images, dataset.train_labels
             while True:
                 batches = islice(_index_batches(dataset, BATCH), 1000)
-                numbers = [index.tolist() for index in batches]
-                loader = reference.loader(images, labels, numbers, policy, mean, workers)
-                for batch, _ in loader:
-                    yield data.normalize(batch.to(device, non_blocking=True), mean, std)
+                for images, _ in reference.augmented(dataset, batches, policy, workers):
+                    yield images
 
         return way
 

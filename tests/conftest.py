@@ -11,7 +11,6 @@ import torch
 
 import data
 import plots
-import report
 import synthetic
 
 # Ctrl-C is tested, but a shell starts background jobs with SIGINT ignored.
@@ -67,7 +66,7 @@ def finished(tmp_path_factory):
 def no_pictures(monkeypatch):
     """Skip drawing, which takes longer than the tests' small runs."""
     monkeypatch.setattr(plots, "draw_run", lambda *_: None)
-    monkeypatch.setattr(report, "draw_examples", lambda *_: None)
+    monkeypatch.setattr(plots, "examples", lambda *_: None)
 
 
 @pytest.fixture(autouse=True)

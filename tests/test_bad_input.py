@@ -30,6 +30,7 @@ BAD_FLAGS = [
     (["--flip-p", "1.5"], "--flip-p"),
     (["--cutout", "33"], "--cutout"),
     (["--cutout-min", "17"], "--cutout-min 17"),
+    (["--augment", "none", "--flip-p", "1"], "--flip-p does nothing with --augment none"),
     (["--contrast", "0.3"], "--contrast does nothing alone: set --brightness-contrast-p too"),
     (["--rgb-shift", "9", "0", "0"], "--rgb-shift does nothing alone: set --rgb-shift-p too"),
     (["--rgb-shift-p", "0.5"], "--rgb-shift-p does nothing alone: set --rgb-shift too"),

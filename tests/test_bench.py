@@ -10,6 +10,7 @@ from test_fields import Wrap, conv
 from torch import nn
 
 import bench
+import flags
 from common import Terminated
 from graph import trace
 from model import build
@@ -20,9 +21,9 @@ def arguments(tmp_path, monkeypatch, no_pictures):
     """Two nets, few images, small batches; results go to the test's own folder."""
     two = {name: bench.model.NETS[name] for name in ("atrous", "net136k")}
     monkeypatch.setattr(bench.model, "NETS", two)
-    parser = bench.flags.make_parser()
+    parser = flags.make_parser()
     parser.set_defaults(batch_size=32)
-    monkeypatch.setattr(bench.flags, "make_parser", lambda: copy.deepcopy(parser))
+    monkeypatch.setattr(flags, "make_parser", lambda: copy.deepcopy(parser))
     monkeypatch.setattr(bench, "RESULTS", tmp_path / "results")
     colours = {"cat": (200, 40, 90), "dog": (30, 90, 160)}
     members = {
@@ -89,6 +90,17 @@ def test_an_epoch_and_its_phases(arguments, briefly, tmp_path, capsys, monkeypat
     others = {"ours, sharpness-aware", "albumentations, 2 workers", "plain loop, fp32"}
     assert others | {f"plain loop, {match[1]}"} < set(ways)
     assert set(ways.values()) == {50_000 / 32 / 2}
+
+
+def test_phases_are_kept_if_a_way_fails(arguments, briefly, tmp_path, monkeypatch):
+    def fail(*_):
+        raise ModuleNotFoundError("albumentations")
+
+    monkeypatch.setattr(bench, "epoch_ways", fail)
+    what = [*arguments[1:3], "--net", "net136k", "--batch-size", "32", "--device", "cpu"]
+    with pytest.raises(ModuleNotFoundError):
+        bench.main(["epoch", *what])
+    assert result(tmp_path, "epoch-net136k")["batch_sizes"]
 
 
 def test_every_layer_beside_its_floor(arguments, briefly, tmp_path, capsys):
@@ -165,7 +177,7 @@ def test_all_trains_no_variants(monkeypatch):
         monkeypatch.setattr(bench, f"bench_{name}", lambda *_, name=name: called.append(name))
     monkeypatch.setattr(bench, "versions", lambda: called.append("versions"))
     assert bench.main(["all"]) == 0
-    assert called == ["versions", "augment", "epoch", "layers", "kernels", "startup"]
+    assert called == ["versions", "epoch", "layers", "kernels", "startup", "augment"]
 
 
 def test_nets_side_by_side(arguments, tmp_path, capsys):

@@ -152,9 +152,17 @@ def test_damaged_predictions_are_one_line(tmp_path):
 
 def test_predictions_run_no_code(tmp_path, capsys):
     (tmp_path / "predictions.npy").write_bytes(pickle.dumps(Hostile()))
-    with pytest.raises(UserError, match=r"predictions\.npy is damaged: "):
+    with pytest.raises(UserError, match=r"predictions\.npy is damaged: ") as error:
         checkpoint.load_predictions(tmp_path)
+    assert "allow_pickle" not in str(error.value)
     assert not capsys.readouterr().out
+
+
+def test_a_summary_of_nothing_is_damaged(tmp_path):
+    (tmp_path / "summary.json").write_text("{}")
+    way = f"delete {tmp_path}/summary.json, then train.py --resume {tmp_path} writes it anew"
+    with pytest.raises(UserError, match=f"is damaged: final_accuracy is missing; {way}"):
+        checkpoint.load_summary(tmp_path)
 
 
 @pytest.mark.parametrize(("ahead", "other"), [(1, "a newer"), (-1, "an older")])

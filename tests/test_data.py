@@ -63,7 +63,7 @@ def test_archive_and_folder_are_alike(tmp_path, suffix, mode):
     with tarfile.open(tmp_path / f"pets{suffix}", mode) as file:
         file.add(tmp_path / "pets", ".")  # with folders and "./", as `tar cf pets.tar .` does
     archive = load(tmp_path / f"pets{suffix}")
-    assert archive.name == folder.name == "pets"
+    assert archive.name == folder.name == load(tmp_path / "pets/train/..").name == "pets"
     assert archive.classes == folder.classes == list(CLASSES)
     for field in ("train_images", "train_labels", "test_images", "test_labels", "mean", "std"):
         assert torch.equal(getattr(archive, field), getattr(folder, field))

@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -16,13 +17,18 @@ def test_the_examples_in_python_run(tmp_path, monkeypatch, images):
     pytest.importorskip("onnxruntime", reason="pip install -r requirements-extra.txt")
     monkeypatch.chdir(tmp_path)
     Path("trained").symlink_to(ROOT / "trained")
-    Image.new("RGB", (50, 40), "red").save("photo.jpg")
+    exif = Image.Exif()
+    exif[274] = 6  # held upright, stored sideways
+    Image.linear_gradient("L").crop((0, 0, 256, 200)).convert("RGB").save("photo.jpg", exif=exif)
+    given: list[np.ndarray] = []
     found = {"images": images, "labels": torch.zeros(len(images), dtype=torch.int64)}
     for example in re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL):
         if "download=True" not in example:
             exec(example, found)
             if "probabilities" in found:
                 assert found.pop("probabilities").shape == (1, 10)
+                given.append(found["pixels"].astype(int))
+    assert np.abs(given[0] - given[1]).max() < 9
     assert found["inputs"].shape == (len(images) % 256, 3, 32, 32)
 
 

@@ -10,7 +10,7 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from test_data import files, load, png, write_folder, write_tar
 
 import image_files
@@ -59,19 +59,6 @@ def test_damaged_or_forbidden_cache_is_no_obstacle(tmp_path, capsys, monkeypatch
 
 
 # What is read
-
-
-@pytest.mark.parametrize("turn", range(1, 9))
-def test_every_orientation_is_pillows(turn, tmp_path):
-    noise = np.random.default_rng(0).integers(256, size=(5, 7, 3), dtype=np.uint8)
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = turn
-    Image.fromarray(noise).save(tmp_path / "a.png", exif=exif)
-    ours, pillows = (
-        turned(Image.open(tmp_path / "a.png"))
-        for turned in (image_files.to_rgb, ImageOps.exif_transpose)
-    )
-    assert np.array_equal(ours, pillows)
 
 
 def test_images_of_any_mode_are_read_as_predict_reads_them(tmp_path):

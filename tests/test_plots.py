@@ -13,7 +13,6 @@ import data
 import graph
 import model
 import plots
-import report
 
 LINE = {"lr": 0.1, "train_loss": 1.0, "train_accuracy": 0.5, "test_loss": 0.9, "test_accuracy": 0.6}
 
@@ -46,7 +45,7 @@ def test_the_examples_are_shown_in_their_colours(monkeypatch):
     monkeypatch.setattr(plots, "image_grid", lambda path, images, *_: shown.append(images))
     dataset = data.load("synthetic", None, torch.device("cpu"), train_images=40)
     inputs = data.normalize(dataset.train_images, dataset.mean, dataset.std)
-    report.draw_examples(None, dataset, (inputs, dataset.train_labels))
+    plots.examples(None, dataset, inputs, dataset.train_labels)
     assert (shown[0] == dataset.train_images[:32].permute(0, 2, 3, 1).numpy()).all()
 
 
@@ -254,6 +253,7 @@ def test_mistakes_of_the_user_are_one_line(run, capsys):
         (line,) = capsys.readouterr().err.splitlines()
         return line
 
+    assert "trained holds only a net, for predict.py" in error(Path(plots.__file__).parent / "trained")
     assert "--images 60: synthetic has 60 test images" in error(run, "--images", "60")
     assert "--out a.gif: the file name must end in .png" in error(run, "--out", "a.gif")
     assert "one picture shows 100 at most" in error(run, "--images", *range(50), *range(51))

@@ -238,6 +238,14 @@ def test_text_is_aligned_and_in_batches(run, tmp_path, capsys, monkeypatch):
     assert all(line.count("%") == 2 for line in lines)
 
 
+def test_a_net_under_another_name(run, tmp_path, capsys):
+    image, net = save(tmp_path / "a.png", (250, 9, 9)), tmp_path / "net.pt"
+    net.write_bytes((run / "model.pt").read_bytes())
+    assert predict.main([str(net), str(image)]) == predict.main([str(run), str(image)]) == 0
+    first, second = capsys.readouterr().out.splitlines()
+    assert first == second
+
+
 def test_mistakes_are_one_line(run, tmp_path, capsys):
     for arguments in (
         [str(run)],
