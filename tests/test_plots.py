@@ -253,7 +253,6 @@ def test_mistakes_of_the_user_are_one_line(run, capsys):
         (line,) = capsys.readouterr().err.splitlines()
         return line
 
-    assert "trained holds only a net, for predict.py" in error(Path(plots.__file__).parent / "trained")
     assert "--images 60: synthetic has 60 test images" in error(run, "--images", "60")
     assert "--out a.gif: the file name must end in .png" in error(run, "--out", "a.gif")
     assert "one picture shows 100 at most" in error(run, "--images", *range(50), *range(51))

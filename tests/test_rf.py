@@ -113,6 +113,6 @@ def test_mistakes_are_one_line(run, tmp_path, capsys):
     assert "not allowed with argument" in error("--effective", run, "--json")
     assert "--net net150k: the run in" in error("--effective", run, "--net", "net150k")
     shutil.move(run / "config.json", run / "config.bak")
-    assert "config.json does not exist" in error("--effective", run)
+    assert "holds only a net, for predict.py" in error("--effective", run)
     (run / "config.json").write_text('{"flags": {}}')
     assert "config.json is damaged" in error("--effective", run)
