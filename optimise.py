@@ -169,7 +169,7 @@ def make_scheduler(optimizer: torch.optim.Optimizer, args: Namespace, steps: int
             optimizer, highest, total_steps=total, pct_start=rise, cycle_momentum=False
         )
     if args.schedule == "cyclic":
-        half = max(1, total // (2 * max(1, args.epochs // 8)))
+        half = total // (2 * max(1, args.epochs // 8))
         lowest = [rate / 25 for rate in highest]
         return CyclicLR(optimizer, lowest, highest, step_size_up=half, cycle_momentum=False)
     return StepLR(optimizer, step_size=6 * steps, gamma=0.5)

@@ -2,6 +2,7 @@ import copy
 import json
 import re
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch.nn.functional as F
@@ -10,7 +11,9 @@ from test_fields import Wrap, conv
 from torch import nn
 
 import bench
+import checkpoint
 import flags
+import plots
 from common import Terminated
 from graph import trace
 from model import build
@@ -78,7 +81,8 @@ def test_an_epoch_and_its_phases(arguments, briefly, tmp_path, capsys, monkeypat
     match = re.match(r"seconds for 50,000 images, net136k on pets, (bf16|fp32); CPU", title)
     assert [len(row) for row in rows] == [len(heading)] * 2
     content = result(tmp_path, "epoch-net136k")
-    for row, batch in zip(content["batch_sizes"], (32, 64), strict=True):
+    for row, batch, said in zip(content["batch_sizes"], (32, 64), rows, strict=True):
+        assert f" {row['epoch_seconds'] / row['floor_seconds']:5.1f} × " in said
         assert row["batch_size"] == batch
         assert row["epoch_seconds"] == 50_000 / batch / 2
         phases = ["gather", "augment", "forward", "backward", "optimiser"]
@@ -90,6 +94,7 @@ def test_an_epoch_and_its_phases(arguments, briefly, tmp_path, capsys, monkeypat
     others = {"ours, sharpness-aware", "albumentations, 2 workers", "plain loop, fp32"}
     assert others | {f"plain loop, {match[1]}"} < set(ways)
     assert set(ways.values()) == {50_000 / 32 / 2}
+    assert bench.format_ways({"a": 2.0, "b": 6.0}).endswith(" 3.00 ×")
 
 
 def test_phases_are_kept_if_a_way_fails(arguments, briefly, tmp_path, monkeypatch):
@@ -112,7 +117,9 @@ def test_every_layer_beside_its_floor(arguments, briefly, tmp_path, capsys):
     assert max(map(len, [heading, *rows])) <= 80
     content = result(tmp_path, "layers-net136k")
     assert content["data"] == "pets"
-    for row, layer in zip(content["layers"], layers, strict=True):
+    for row, layer, said in zip(content["layers"], layers, rows, strict=True):
+        if layer.multiply_adds:
+            assert said.endswith(f"{64 * 0.001 / row['floor_seconds']:6.1f} ×")
         assert row["forward_seconds"] == row["backward_seconds"] == 32 * 0.001
         assert (row["floor_seconds"] > 0) is (layer.multiply_adds > 0)
 
@@ -136,6 +143,8 @@ def test_what_a_step_is_made_of(arguments, briefly, tmp_path, capsys):
     norms = sum(layer.kind == "BatchNorm2d" for layer in trace(build("net136k", 10)).layers)
     (backward,) = [row for row in rows if row["name"] == "aten::native_batch_norm_backward"]
     assert backward["count"] == norms
+    taken = {row["name"]: row["seconds"] for row in rows}
+    assert taken["aten::conv2d"] < taken["aten::mkldnn_convolution"]
     assert 0 < backward["seconds"] < sum(row["seconds"] for row in rows)
     assert rows == sorted(rows, key=lambda row: -row["seconds"])
 
@@ -195,7 +204,20 @@ def test_nets_side_by_side(arguments, tmp_path, capsys):
         final = [run["final_accuracy"] for run in row["runs"]]
         assert row["final_accuracy"]["mean"] == pytest.approx(sum(final) / 2)
         assert row["runs"][0]["recipe"] is None
-        assert row["median_epoch_seconds"] > 0
+        for key in ("final_accuracy", "flip_accuracy", "best_accuracy", "training_seconds"):
+            one, other = (run[key] for run in row["runs"])
+            assert row[key]["sd"] == pytest.approx(abs(one - other) / 2**0.5)
+        folders = [tmp_path / f"runs/{name}/s{seed}" for seed in (0, 1)]
+        seconds = [checkpoint.load_history(folder)[0]["seconds"] for folder in folders]
+        assert row["median_epoch_seconds"] == pytest.approx(sum(seconds) / 2)
+
+
+def test_each_figure_in_its_column():
+    accuracies = {"final_accuracy": {"mean": 0.1, "sd": None}}
+    accuracies["flip_accuracy"] = {"mean": 0.2, "sd": 0.01}
+    row = {"name": "n", "parameters": 1, "epochs": 2, **accuracies, "median_epoch_seconds": 3}
+    table = bench.trials.table([row | {"training_seconds": {"mean": 4}}])
+    assert table.split()[-9:] == ["n", "1", "2", "10.00%", "20.00%", "±", "1.00%", "3.00", "4.0"]
 
 
 def test_own_recipes_and_going_on(arguments, tmp_path, capsys):
@@ -242,11 +264,13 @@ def trained(runs, name):
     return json.loads((folder / "config.json").read_text())["flags"]
 
 
-def test_lengths(arguments, tmp_path):
+def test_lengths(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr("plots.comparison", drawn := Mock(wraps=plots.comparison))
     assert bench.main(["lengths", *arguments[1:3], "--epochs", "1", "2", *arguments[5:]]) == 0
     rows = result(tmp_path, "lengths")["lengths"]
     assert [row["epochs"] for row in rows] == [1, 2]
     assert [len(row["runs"]) for row in rows] == [1, 1]
+    assert [len(history) for history in drawn.call_args.args[1].values()] == [1, 2]
     (picture,) = (tmp_path / "results").glob("lengths-*.png")
     assert picture.stat().st_size > 10_000
 

@@ -87,5 +87,10 @@ def test_a_second_sigterm_does_not_disturb_the_ending(capsys):
     assert capsys.readouterr() == ("ended\n", "terminated\n")
 
 
+def test_out_of_memory_by_any_name():
+    for said in ("not enough memory: you tried", "CUBLAS_STATUS_ALLOC_FAILED when"):
+        assert common.is_out_of_memory(RuntimeError(said))
+
+
 def test_the_way_on_can_be_pasted():
     assert common.going_on(Path("my run")).startswith("--resume 'my run' continues")

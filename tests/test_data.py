@@ -5,6 +5,7 @@ import socket
 import tarfile
 import urllib.error
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -58,13 +59,15 @@ def load(path, **options):
 @pytest.mark.parametrize(
     ("suffix", "mode"), [(".tar", "w"), (".tar.gz", "w:gz"), (".tar.xz", "w:xz")]
 )
-def test_archive_and_folder_are_alike(tmp_path, suffix, mode):
+def test_archive_and_folder_are_alike(tmp_path, suffix, mode, monkeypatch):
     folder = load(write_folder(tmp_path / "pets", files()))
     with tarfile.open(tmp_path / f"pets{suffix}", mode) as file:
         file.add(tmp_path / "pets", ".")  # with folders and "./", as `tar cf pets.tar .` does
     archive = load(tmp_path / f"pets{suffix}")
     assert archive.name == folder.name == load(tmp_path / "pets/train/..").name == "pets"
     assert archive.classes == folder.classes == list(CLASSES)
+    monkeypatch.chdir(tmp_path / "pets")
+    assert data.load(".", None, CPU).name == "pets"
     for field in ("train_images", "train_labels", "test_images", "test_labels", "mean", "std"):
         assert torch.equal(getattr(archive, field), getattr(folder, field))
     assert archive.train_images.dtype == torch.uint8
@@ -136,13 +139,6 @@ def test_no_class_is_left_without_a_training_image(tmp_path):
 # CIFAR-10
 
 
-def broken_download(error):
-    def download(*args, **kwargs):
-        raise error
-
-    return download
-
-
 NETWORK = [
     urllib.error.URLError("no route"),
     TimeoutError("timed out"),
@@ -153,7 +149,7 @@ NETWORK = [
 
 @pytest.mark.parametrize("error", NETWORK, ids=lambda error: type(error).__name__)
 def test_without_a_network(tmp_path, monkeypatch, capsys, error):
-    monkeypatch.setattr("torchvision.datasets.CIFAR10.download", broken_download(error))
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.download", Mock(side_effect=error))
     assert data.load("auto", tmp_path / "data", CPU).name == "synthetic"
     assert "warning: CIFAR-10 could not be downloaded" in capsys.readouterr().err
     with pytest.raises(UserError, match="--data cifar10"):
@@ -162,7 +158,7 @@ def test_without_a_network(tmp_path, monkeypatch, capsys, error):
 
 def test_a_wrong_sum_is_no_reason_to_fall_back(tmp_path, monkeypatch):
     error = RuntimeError("File not found or corrupted.")
-    monkeypatch.setattr("torchvision.datasets.CIFAR10.download", broken_download(error))
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.download", Mock(side_effect=error))
     with pytest.raises(UserError, match="damaged"):
         data.load("auto", tmp_path, CPU)
 
@@ -182,7 +178,7 @@ def test_a_tilde_that_the_shell_left_is_a_name(tmp_path, monkeypatch):
 @pytest.mark.parametrize("source", ["auto", "cifar10"])
 @pytest.mark.parametrize("name", ["cifar-10-batches-py/data_batch_1", "cifar-10-python.tar.gz"])
 def test_a_damaged_copy_without_a_network_is_an_error(tmp_path, monkeypatch, source, name):
-    offline = broken_download(NETWORK[0])
+    offline = Mock(side_effect=NETWORK[0])
     monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", offline)
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_bytes(b"half of it")

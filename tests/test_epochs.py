@@ -14,6 +14,7 @@ import flags
 import mirror
 import model
 import step
+from common import UserError
 from optimise import make_training
 
 DRAW_NOTHING = ["--flip-p", "0", "--affine-p", "0", "--cutout-p", "0"]
@@ -93,7 +94,12 @@ def test_an_epochs_figures_are_those_of_its_steps(dataset):
     training.optimizer.step()
     training.net.eval()  # as every evaluation leaves it
     figures = iter(torch.tensor([[loss, 4, loss == 3] for loss in range(1, 8)], dtype=torch.float))
-    line = epochs.train_epoch(training, lambda *_: next(figures), dataset, args, Mock())
+    line = epochs.train_epoch(training, lambda *_: next(figures), dataset, args, bar := Mock())
+    assert bar.update.call_count == 7
     assert training.net.training
     assert (line["train_loss"], line["train_accuracy"], line["skipped_steps"]) == (4, 0.5, 1)
     assert line["images_per_second"] == pytest.approx(56 / line["seconds"])
+    training.history, losses = [{}], iter([1.0, 2.0, torch.nan, *[3.0] * 4])
+    training.scheduler = Mock(get_last_lr=Mock(side_effect=[[k] for k in range(7)]))
+    with pytest.raises(UserError, match="nan at step 10, learning rate 2:"):
+        epochs.train_epoch(training, lambda *_: torch.full((3,), next(losses)), dataset, args, bar)

@@ -96,18 +96,22 @@ MODULES = {
     "even kernel": (nn.Sequential(nn.Conv2d(3, 4, 2, 2, 1), nn.Conv2d(4, 4, 4, 1, 1)), 8),
     "same padding": (nn.Sequential(nn.Conv2d(3, 4, 4, padding="same"), nn.Conv2d(4, 4, 3)), 6),
     "dilated same padding": (
-        Wrap(lambda m, x: m.a(x) + m.b(x), nn.Conv2d(3, 3, 3, 1, "same", 3), conv(3, 3, 5)),
+        Wrap(lambda m, x: m.a(x) + m.b(x), nn.Conv2d(3, 3, 3, 1, "same", 3), conv(3, 3, 7)),
         7,
     ),
     "pooled": (nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(3, 4, 3, padding=1)), 6),
     "maximum": (nn.Sequential(conv(3, 4, 3), nn.MaxPool2d(3, 2, 1, ceil_mode=True)), 5),
     "adaptive": (nn.Sequential(nn.AdaptiveAvgPool2d(48), conv(3, 4, 3)), 6),
-    "functional pooling": (Wrap(lambda m, x: F.avg_pool2d(m.a(x), 3, stride=2), conv(3, 3, 3)), 5),
+    "functional pooling": (
+        Wrap(lambda m, x: F.avg_pool2d(m.a(F.avg_pool2d(x, 2)), 3, 2), conv(3, 3, 3)),
+        10,
+    ),
     "asymmetric padding": (nn.Sequential(nn.ZeroPad2d((0, 3, 3, 0)), nn.Conv2d(3, 3, 4)), 4),
     "padding of a line": (Wrap(lambda m, x: m.a(F.pad(x, (1, 1))), nn.Conv2d(3, 3, 3)), 3),
     "skip": (Wrap(lambda m, x: m.b(F.relu(m.a(x) + x)), conv(3, 3, 5), conv(3, 3, 3)), 7),
     "wider skip": (Wrap(lambda m, x: m.a(x) + m.b(x), conv(3, 3, 3), conv(3, 3, 7)), 7),
     "shifted skip": (Wrap(shifted_skip, conv(3, 3, 3)), 6),  # −5 … −3, and 0
+    "cropped": (Wrap(lambda m, x: m.a(x)[:, :, 2:, 2:] + x[:, :, :-4, :-4], nn.Conv2d(3, 3, 3)), 5),
     "strided skip": (Wrap(strided_skip, conv(3, 5, 3, stride=2)), 3),
     "concatenated": (Wrap(lambda m, x: torch.cat([m.a(x), x], 1), conv(3, 3, 3)), 3),
     "gated": (Wrap(gated, conv(3, 4, 5)), 5),
@@ -126,6 +130,7 @@ def test_axes_that_differ():
     net = nn.Sequential(nn.Conv2d(3, 4, (3, 5), padding=(1, 2)), nn.Conv2d(4, 4, (1, 3)))
     assert_true(net)
     assert trace(net).receptive_field == (3, 7)
+    assert_true(Wrap(lambda m, x: m.a(F.pad(x, (4, 0, 0, 0)))[..., :-4] + x, conv(3, 3, 3)))
     assert receptive_field(net) == 7
 
 
@@ -144,6 +149,7 @@ def test_a_gate_sees_the_whole_image(kernel, expected):
     net = nn.Sequential(conv(3, 3, kernel), SqueezeExcitation(3), conv(3, 3, 3))
     assert receptive_field(net) == expected
     assert measured(trace(net).features, 32) == (expected, expected)
+    assert receptive_field(nn.Sequential(nn.Conv2d(3, 3, 3, 3), SqueezeExcitation(3))) == 30
     wide = nn.Sequential(conv(3, 3, 41), SqueezeExcitation(3), conv(3, 3, 3))
     assert receptive_field(wide) == 43  # here the central output's own window is larger
 

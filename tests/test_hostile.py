@@ -195,6 +195,8 @@ def test_archive_bombs(tmp_path, capsys, loaded, monkeypatch):
     monkeypatch.setattr(image_files, "MAX_ARCHIVE_BYTES", 1 << 24)
     zeros = tarfile.TarInfo("elsewhere/zeros")
     zeros.size = 1 << 40
+    part = tarfile.TarInfo("elsewhere/part")
+    part.size = 1 << 23
     long_name = tarfile.TarInfo("././@LongLink")
     long_name.type, long_name.size = tarfile.GNUTYPE_LONGNAME, 1 << 32
     empty = tarfile.TarInfo("elsewhere/empty").tobuf()
@@ -202,6 +204,7 @@ def test_archive_bombs(tmp_path, capsys, loaded, monkeypatch):
         (zeros.tobuf() + WHOLE, "unpacks to over"),
         (empty + long_name.tobuf() + WHOLE, "claims 4,294,967,296 bytes"),
         (WHOLE + bytes(1 << 25), "unpacks to over"),
+        ((part.tobuf() + bytes(1 << 23)) * 3 + WHOLE, "unpacks to over"),
         (empty * (1 << 15) + bytes(1 << 25) + WHOLE, "unpacks to over"),
     ):
         path = tmp_path / "bomb.tar.xz"

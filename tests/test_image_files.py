@@ -139,7 +139,7 @@ def test_images_of_one_colour_cannot_be_normalised(tmp_path):
 
 @pytest.mark.parametrize("write", [write_folder, write_tar])
 def test_what_a_file_manager_leaves_is_no_image(tmp_path, write):
-    hidden = "train/.DS_Store", "test/cat/._0.png", "train/dog/Thumbs.db", "train/.cache/0.png"
+    hidden = "train/.DS_Store", "test/cat/._0.png", "train/dog/Thumbs.db", "test/desktop.ini"
     dataset = load(write(tmp_path / "pets", files() | dict.fromkeys(hidden, b"none")))
     assert dataset.classes == ["cat", "dog"]
     assert (len(dataset.train_images), len(dataset.test_images)) == (8, 4)

@@ -19,33 +19,18 @@ from test_data import files, write_tar
 
 import checkpoint
 import data
+import plots
 import report
 import step
 import train
 
 SMALL = ["--data", "synthetic", "--train-images", "60", "--holdout", "50", "--device", "cpu"]
 SMALL += ["--batch-size", "20", "--epochs", "2", "--lr", "0.1"]
-FILES = {
-    "config.json",
-    "metrics.jsonl",
-    "summary.json",
-    "card.md",
-    "classes.png",
-    "predictions.npy",
-    "model.pt",
-    "last.pt",
-    "curves.png",
-    "augmented.png",
-    "mistakes.png",
-    "confusion.png",
-}
+FILES = set(report.FILES)
 METRICS = "epoch lr train_loss train_accuracy test_loss test_accuracy seconds images_per_second"
 METRICS += " skipped_steps"
 ROOT = Path(__file__).parents[1]
-
-
-def lines(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+lines = checkpoint.load_history
 
 
 def timeless(folder):
@@ -108,7 +93,9 @@ def test_when_the_target_is_reached(
     if reached:
         assert reached["seconds"] + 0.3 <= summary["training_seconds"]  # counted from a first step
     assert (summary["best_epoch"], summary["best_accuracy"]) == (2, 0.6)
-    (line,) = [x for x in capsys.readouterr().out.splitlines() if x.startswith("target")]
+    printed = capsys.readouterr().out
+    assert "best, in epoch 2      60.00%" in printed
+    (line,) = [x for x in printed.splitlines() if x.startswith("target")]
     assert said in line
 
 
@@ -122,6 +109,7 @@ def test_the_card(finished):
     for fact in ("parameters", "multiply_adds"):
         assert f"| {summary[fact]:,} |" in card
     assert summary["command"] in card
+    assert "| epochs, seed | 2, 0 |" in card
     assert f"| {summary['receptive_field']} pixels |" in card
     logits = np.load(folder / "predictions.npy").argmax(1)
     dataset = train.data.load("synthetic", None, torch.device("cpu"), 60, 50)
@@ -135,21 +123,28 @@ def test_the_saved_net_predicts_what_the_run_did(finished):
     net, content = checkpoint.load_net(folder / "model.pt")
     dataset = train.data.load("synthetic", None, torch.device("cpu"), 60, 50)
     assert content["mean"] == pytest.approx(dataset.mean.tolist())
+    assert content["std"] == pytest.approx(dataset.std.tolist())
+    assert content["classes"] == dataset.classes
     precision = json.loads((folder / "summary.json").read_text())["precision"]
     net.to(memory_format=torch.channels_last)
     logits = step.predict_logits(net, dataset, precision).numpy()
     np.testing.assert_allclose(logits, np.load(folder / "predictions.npy"), atol=0.05)
 
 
-def test_the_accuracy_averaged_over_mirror_images(tmp_path, monkeypatch, no_pictures):
+def test_the_accuracy_averaged_over_mirror_images(tmp_path, monkeypatch, no_pictures, capsys):
     def logits(net, dataset, precision, flip=False):  # wrong; with flip right, by more or by less
         right = F.one_hot(dataset.test_labels, 10).float()
         return right * torch.tensor([2.0, 0.5]).repeat(25).view(-1, 1) if flip else -right
 
     monkeypatch.setattr(step, "predict_logits", logits)
-    assert train.main([*SMALL, "--net", "net136k", "--out", str(tmp_path)]) == 0
+    monkeypatch.setattr(plots, "examples", lambda *of: drawn.append(of[2]))
+    drawn, run = [], [*SMALL, "--net", "net136k", "--cutout-p", "1", "--out", str(tmp_path)]
+    assert train.main(run) == 0
+    assert ((drawn[0] == 0).all(1).sum((1, 2)) >= 16 * 16).all()  # augmented
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["final_accuracy"], summary["flip_accuracy"]) == (0, 0.5)
+    assert "flip averaging   50.00%" in capsys.readouterr().out
+    assert "mirror image | 50.00% |" in (tmp_path / "card.md").read_text()
     assert lines(tmp_path)[-1]["test_loss"] == pytest.approx(1 + math.log(9 + math.exp(-1)))
 
 
@@ -159,7 +154,13 @@ def test_what_is_printed_when_piped(finished):
     assert "\r" not in printed
     assert "\x1b" not in printed
     assert max(len(row) for row in rows if str(folder) not in row) <= 100
-    for word in ("device ", "synthetic", "parameters", "receptive field", "flip averaging"):
+    for word in (
+        "device ",
+        "synthetic",
+        "parameters",
+        "receptive field",
+        "60 training images, 50 test",
+    ):
         assert word in printed
     table = rows[next(i for i, row in enumerate(rows) if row.startswith("epoch")) :][:3]
     assert len({len(row) for row in table}) == 1  # aligned
@@ -167,13 +168,14 @@ def test_what_is_printed_when_piped(finished):
     assert [f"{first[key]:.2%}" for key in ("train_accuracy", "test_accuracy")] == [
         word for word in table[1].split() if word.endswith("%")
     ]
+    for line, row in zip(lines(folder), table[1:], strict=True):
+        assert row.split()[2:5:2] == [f"{line[k]:.4f}" for k in ("train_loss", "test_loss")]
     assert f"final test accuracy   {last['test_accuracy']:.2%} on synthetic, 50 held" in printed
     assert "target 1.00%" in printed
 
 
-@pytest.fixture
-def orders(monkeypatch):
-    """The order of the images in each epoch, and in a run's examples."""
+def test_another_seed_has_other_weights_and_another_order(tmp_path, no_pictures, monkeypatch):
+    """That the same seed gives the same run is shown by the tests of --resume."""
     orders, epoch_batches = [], data.epoch_batches
 
     def noting(*args):
@@ -182,11 +184,6 @@ def orders(monkeypatch):
         return batches
 
     monkeypatch.setattr(data, "epoch_batches", noting)
-    return orders
-
-
-def test_another_seed_has_other_weights_and_another_order(tmp_path, no_pictures, orders):
-    """That the same seed gives the same run is shown by the tests of --resume."""
     still = ["--net", "net136k", "--lr", "1e-30", "--weight-decay", "0"]
     for seed in ("0", "1"):
         assert train.main([*SMALL, *still, "--seed", seed, "--out", str(tmp_path / seed)]) == 0
@@ -224,10 +221,8 @@ def test_a_class_whose_name_would_break_a_table(tmp_path, no_pictures):
 
 
 def test_without_a_network_it_says_so_twice(tmp_path, monkeypatch, capsys, no_pictures):
-    def unreachable(*_):
-        raise TimeoutError("timed out")
-
-    monkeypatch.setattr("torchvision.datasets.CIFAR10.download", unreachable)
+    offline = Mock(side_effect=TimeoutError("timed out"))
+    monkeypatch.setattr("torchvision.datasets.CIFAR10.download", offline)
     arguments = [*SMALL[2:], "--data-dir", str(tmp_path / "data"), "--epochs", "1"]
     monkeypatch.chdir(tmp_path)
     assert train.main(arguments) == 0

@@ -45,15 +45,6 @@ def test_a_convolution_of_the_mirror_image_is_the_mirror_image(options):
     assert all(p.untyped_storage().nbytes() == p.nbytes for p in convolution.parameters())
 
 
-def test_a_convolution_of_images():
-    convolution, images = (
-        mirrored(nn.Conv2d(3, 8, 3, padding=1, bias=False)),
-        torch.randn(2, 3, 6, 6),
-    )
-    expected = swapped(convolution(images))
-    torch.testing.assert_close(convolution(images.flip(3)), expected, rtol=0, atol=1e-5)
-
-
 def test_a_weight_has_the_singular_values_of_its_kernels():
     kernels = torch.randn(2, 4, 6, 3, 3).unbind()
     weight = Mixed()(*kernels)

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import EpsImagePlugin, Image
+from test_checkpoint import model_file
 
 import checkpoint
 import predict
-from model import build
 
 CLASSES = ["red", "green", "blue"]
 
@@ -23,10 +23,7 @@ CLASSES = ["red", "green", "blue"]
 def run(tmp_path_factory):
     """A run whose net finds the strongest colour: its logits are the channels' means."""
     folder = tmp_path_factory.mktemp("run")
-    net = build("net136k", 3)
-    content = {"net": "net136k", "classes": CLASSES}
-    content |= {"mean": [127.5] * 3, "std": [64.0] * 3, "state_dict": net.state_dict()}
-    checkpoint.save(folder / "model.pt", content)
+    model_file(folder / "model.pt", "net136k", CLASSES, mean=[127.5] * 3, std=[64.0] * 3)
     return folder
 
 
@@ -69,6 +66,7 @@ def test_any_size_and_mode(run, tmp_path, capsys):
 def test_images_are_normalised_as_the_net_was_trained(run, tmp_path, capsys):
     name = save(tmp_path / "a.png", (143, 127, 127))  # 16 levels brighter: a quarter of std
     _, results, _ = classified(capsys, run, name)
+    assert len(results[name]) == 3
     assert results[name][0]["probability"] == pytest.approx(np.e / (np.e + 2))
 
 
@@ -87,6 +85,9 @@ def test_what_the_net_gets():
     for floats in (np.full((40, 40), 99.0), np.full((40, 40), 257 * 99.0)):
         image = Image.fromarray(floats.astype(np.float32))
         assert predict.to_pixels(image)[5, 5].tolist() == [99] * 3
+    assert predict.to_pixels(Image.fromarray(np.ones((9, 9), np.int32)))[5, 5].tolist() == [1] * 3
+    below = Image.fromarray(np.full((9, 9), -0.02, np.float32))
+    assert predict.to_pixels(below)[5, 5].tolist() == [0] * 3
     fractions = np.full((40, 40), 0.2, np.float32)
     fractions[0, :3] = np.inf, np.nan, 1
     assert predict.to_pixels(Image.fromarray(fractions))[5, 5].tolist() == [51] * 3
@@ -160,25 +161,19 @@ def test_as_a_command(run, tmp_path):
     assert percent == pytest.approx(100 * expected, abs=0.06)
 
 
-def test_a_folder_without_images_is_skipped(run, tmp_path, capsys):
+def test_a_bad_file_is_skipped(run, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good = save(tmp_path / "good.png", (9, 250, 9))
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/notes.pdf").touch()
-    good = save(tmp_path / "good.png", (9, 250, 9))
-    status, results, error = classified(capsys, run, tmp_path / "notes", good)
-    assert (status, list(results)) == (1, [good])
-    assert error == f"skipped: {tmp_path / 'notes'}: no images in that folder\n"
-
-
-def test_a_bad_file_is_skipped(run, tmp_path, capsys):
-    good = save(tmp_path / "good.png", (9, 250, 9))
     bad = tmp_path / "b\x1bad.png"
     bad.write_bytes(Path(good).read_bytes()[:60])
-    status, results, error = classified(capsys, run, bad, good, tmp_path / "gone.png")
-    assert status == 1
-    assert list(results) == [good]
-    first, second = error.splitlines()
-    assert first.startswith(f"skipped: {tmp_path}/b\\x1bad.png: ")
-    assert "gone.png" in second
+    status, results, error = classified(capsys, run, bad, "gone.png", "", "x" * 300, "notes", good)
+    assert (status, list(results)) == (1, [good])
+    names = ("b\\x1bad.png", "gone.png", "", "x" * 300, "notes")
+    for name, line in zip(names, error.splitlines(), strict=True):
+        assert line.removeprefix("skipped: ").removeprefix(f"{tmp_path}/").startswith(f"{name}: ")
+    assert line.endswith("notes: no images in that folder")
     bad.write_bytes(b"no image")
     said = f"skipped: {tmp_path}/b\\x1bad.png: unknown image format\n"
     assert classified(capsys, run, bad)[2] == said
@@ -210,21 +205,6 @@ def test_what_decodes_to_too_much_is_skipped(run, tmp_path, capsys, monkeypatch,
     assert error.count("\n") == 1
     bombs = Image.DecompressionBombWarning
     assert not [each for each in recwarn if issubclass(each.category, bombs)]
-
-
-def test_an_empty_name_is_not_the_current_folder(run, tmp_path, capsys, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    save(tmp_path / "good.png", (9, 250, 9))
-    status, results, error = classified(capsys, run, "")
-    assert (status, results) == (1, {})
-    assert error.startswith("skipped: : ")
-
-
-def test_a_path_too_long_costs_no_other(run, tmp_path, capsys):
-    good = save(tmp_path / "good.png", (9, 250, 9))
-    status, results, error = classified(capsys, run, "x" * 300, good)
-    assert (status, list(results)) == (1, [good])
-    assert error.startswith(f"skipped: {'x' * 300}: ")
 
 
 def test_text_is_aligned_and_in_batches(run, tmp_path, capsys, monkeypatch):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -104,23 +105,16 @@ def test_the_accuracy_is_that_of_one_process(pair, run):
     assert ", 2 processes, " in (pair[0] / "run/card.md").read_text()
 
 
-def test_a_batch_that_cannot_be_shared(tmp_path, run):
-    codes = together(2, [*run, "--batch-size", "41", "--out", tmp_path / "run"], tmp_path)
-    assert codes == [2, 2]
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_mistake_that_process_0_meets_first(tmp_path, run):
-    codes = together(2, [*run, "--data", "missing.tar", "--out", tmp_path / "run"], tmp_path)
-    assert codes == [2, 2]
+@pytest.mark.parametrize(
+    "wrong",  # the same in both; met first by process 0, twice; met by it alone
+    ["--batch-size=41", "--data=missing.tar", "--out=there", "--out=there/config.json/run"],
+)
+def test_a_mistake_ends_both(wrong, tmp_path, run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "there").mkdir()
     (tmp_path / "there/config.json").touch()
-    assert together(2, [*run, "--out", tmp_path / "there"], tmp_path) == [2, 2]
-
-
-def test_a_mistake_that_process_0_alone_meets(tmp_path, run):
-    (tmp_path / "file").touch()
-    assert together(2, [*run, "--out", tmp_path / "file/run"], tmp_path) == [2, 2]
+    assert together(2, [*run, "--out", "run", wrong], tmp_path) == [2, 2]
+    assert not (tmp_path / "run").exists()
 
 
 def test_processes_that_read_different_images(tmp_path, run):
@@ -140,6 +134,13 @@ def test_process_0_goes_first(monkeypatch):
             seen.append(("first", "second")[rank])
         assert seen == expected
         seen.clear()
+
+
+def test_the_others_hear_of_a_full_disk(monkeypatch):
+    monkeypatch.setattr(ranks, "gathered", told := Mock(return_value=[True]))
+    with pytest.raises(OSError, match="full"):
+        ranks.by_main(Mock(side_effect=OSError("full")))
+    told.assert_called_once_with(True)
 
 
 @pytest.mark.slow

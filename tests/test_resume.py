@@ -115,6 +115,7 @@ def test_a_recipe_is_recorded_and_resumed(tmp_path, capsys, no_pictures):
     config = json.loads((folder / "config.json").read_text())
     assert (config["recipe"], config["flags"]["recipe"]) == ("net136k", "net136k")
     assert config["flags"]["dropout"] == 0.1
+    assert "| recipe | net136k |" in (folder / "card.md").read_text()
     before = lines(folder)
     assert train.main(["--resume", str(folder)]) == 0
     assert lines(folder) == before
@@ -253,6 +254,9 @@ def test_repeats(tmp_path, capsys, no_pictures):
     assert summary["final_accuracy"]["values"] == values
     assert summary["final_accuracy"]["mean"] == pytest.approx(np.mean(values))
     assert summary["final_accuracy"]["sd"] == pytest.approx(np.std(values, ddof=1))
+    for key in ("best_accuracy", "flip_accuracy", "total_seconds"):
+        assert summary[key]["values"] == [one[key] for one in each]
+    assert summary["versions"] == each[0]["versions"]
     assert [one["seed"] for one in each] == [3, 4]
     assert "2 seeds" in capsys.readouterr().out
     assert train.main([*arguments, "--seed", "9"]) == 2
@@ -299,16 +303,11 @@ def test_seeds_that_were_interrupted(tmp_path, monkeypatch, capsys, no_pictures)
     assert f"the disk is full; --resume {folder} continues" in capsys.readouterr().err
     assert train.main([*arguments, str(folder)]) == 2
     before = (folder / "s0/metrics.jsonl").read_text()
-    choose, asked = train.choose_precision, []
-
-    def noting(name, *rest):
-        asked.append(name)
-        return choose(name, *rest)
-
-    monkeypatch.setattr(train, "choose_precision", noting)
+    monkeypatch.setattr(train, "choose_precision", asked := Mock(wraps=train.choose_precision))
     assert train.main(["--resume", str(folder)]) == 0
     chosen = checkpoint.load_config(whole / "s0")["flags"]["precision"]
-    assert asked == [chosen]  # all seeds have the same, on another device too
+    (call,) = asked.call_args_list
+    assert call.args[0] == chosen  # all seeds have the same, on another device too
     assert (folder / "s0/metrics.jsonl").read_text() == before
     both = [checkpoint.load_summary(each) for each in (whole, folder)]
     assert both[0]["final_accuracy"] == both[1]["final_accuracy"]

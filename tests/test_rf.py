@@ -4,17 +4,14 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from test_checkpoint import config_file, model_file
 from torch import nn
 
 import checkpoint
 import data
+import plots
 import rf
 from model import build
-
-CONFIG = {
-    "data": "synthetic",
-    "flags": {"data": "synthetic", "data_dir": "data", "train_images": 100, "holdout": 10},
-}
 
 
 def test_json(capsys):
@@ -34,6 +31,7 @@ def test_table(capsys):
     *rows, _, totals = capsys.readouterr().out.splitlines()
     assert len({len(row) for row in rows}) == 1  # aligned
     assert len(rows[0]) <= 80
+    assert any(row.split()[2:6] == ["4", "2", "1", "96"] for row in rows)
     assert "receptive field" in totals
     assert f"{sum(p.numel() for p in build('atrous', 10).parameters()):,} parameters" in totals
 
@@ -56,12 +54,8 @@ def test_effective_field_is_the_mean_over_images():
 @pytest.fixture
 def run(tmp_path):
     """A run folder with an untrained net."""
-    net = build("net136k", 10)
-    content = {"net": "net136k", "state_dict": net.state_dict()}
-    content |= {"classes": list("abcdefghij"), "mean": [0.0] * 3, "std": [1.0] * 3}
-    checkpoint.save(tmp_path / "model.pt", content)
-    images = data.load("synthetic", None, torch.device("cpu"), 100, 10).checksum
-    (tmp_path / "config.json").write_text(json.dumps(CONFIG | {"images": images}))
+    model_file(tmp_path / "model.pt", "net136k", "abcdefghij")
+    config_file(tmp_path, 100, 10)
     return tmp_path
 
 
@@ -79,9 +73,12 @@ def test_effective_field_of_a_known_net(run, capsys, monkeypatch):
     rows = net[0].weight.data.fill_(1).squeeze(0)
     rows[:, 0], rows[:, 1] = 0.04, 0.5  # outside the image; the first is under 4.55 %
     monkeypatch.setattr(checkpoint, "load_net", lambda _: (net, {"net": "box"}))
+    monkeypatch.setattr(plots, "effective_field", lambda *given: drawn.extend(given[2:4]))
+    drawn = []
     assert rf.main(["--effective", str(run)]) == 0
     printed = capsys.readouterr().out
     assert f"effective receptive field    {(40 * 41) ** 0.5:.1f} pixels" in printed
+    assert drawn == [6, [(2, 42), (2, 42)]]
     assert f"gradient mass inside 32×32   {32**2 / (41 * 39.54):.1%}" in printed
 
 
@@ -93,10 +90,13 @@ def test_images_are_mirrored_where_the_field_leaves_them(run, monkeypatch):
         return torch.ones(inputs.shape[2:])
 
     monkeypatch.setattr(rf, "effective_receptive_field", measured)
+    some = data.load("synthetic", None, torch.device("cpu"), 100, 3000)
+    monkeypatch.setattr(checkpoint, "load_data", lambda _: some)
     assert rf.main(["--effective", str(run)]) == 0
     (inputs,) = seen
     margin = (inputs.shape[2] - 32) // 2
     image = inputs[:, :, margin : margin + 32, margin : margin + 32]
+    assert torch.equal(image, data.normalize(some.test_images[::3], some.mean, some.std))
     around = inputs[:, :, margin - 20 : margin + 52, margin - 20 : margin + 52]
     assert torch.equal(around, F.pad(image, (20,) * 4, mode="reflect"))
 

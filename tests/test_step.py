@@ -50,26 +50,14 @@ def test_what_the_net_sees():
     assert not torch.equal(one, other)
 
 
-def taken(precision):
-    torch.manual_seed(0)
-    dataset = data.load("synthetic", None, CPU, train_images=32)
-    layers = nn.Conv2d(3, 16, 4, 4), nn.BatchNorm2d(16), nn.Flatten(), nn.Linear(1024, 10)
-    net = nn.Sequential(*layers).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(net.parameters(), 0.05, momentum=0.9, nesterov=True)
-    scaler = torch.amp.GradScaler(enabled=False)
-    inputs = data.normalize(dataset.train_images, dataset.mean, dataset.std)
-    labels = dataset.train_labels
-    return [
-        step.train_step(net, optimizer, scaler, inputs, labels, precision, 0.0) for _ in range(8)
-    ]
-
-
-def test_steps_lower_the_loss_in_either_precision():
-    for precision in ("fp32", "bf16"):
-        losses, right, _ = zip(*taken(precision), strict=True)
-        assert losses[-1] < 0.7 * losses[0]
-        assert right[-1] > right[0]
-        assert losses[0].dtype == torch.float32
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_steps_lower_the_loss(precision):
+    given = ["--schedule", "step", "--lr", "0.05", "--precision", precision]
+    batches, _, take_step = learner(given, device="cpu")
+    losses, right, _ = zip(*(take_step(*batches[0]) for _ in range(14)), strict=True)
+    assert losses[-1] < 0.7 * losses[0]
+    assert right[-1] > right[0]
+    assert losses[0].dtype == torch.float32
 
 
 def test_label_smoothing_counts():
@@ -147,6 +135,7 @@ def test_logits_of_mirror_images():
     plain = step.predict_logits(Mirror(), dataset, "fp32")
     mirrored = step.predict_logits(Mirror(), dataset, "fp32", flip=True)
     assert plain.shape == (1000, 2)
+    assert step.forward(nn.Conv2d(3, 2, 1), torch.ones(1, 3, 4, 4), "bf16").dtype == torch.float32
     torch.testing.assert_close(mirrored, plain.flip(1))
 
 

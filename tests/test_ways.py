@@ -1,4 +1,5 @@
 from itertools import islice
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -6,6 +7,7 @@ import torch
 import data
 import model
 import ways
+from augment import Policy
 from graph import trace
 
 CPU = torch.device("cpu")
@@ -37,6 +39,22 @@ def test_every_augmentation_touches_as_many_images(dataset, monkeypatch):
             assert abs(share - 0.5 * 0.5 * 0.75) < 0.06, name
 
 
+def test_a_hole_has_the_same_area_everywhere():
+    pytest.importorskip("kornia", reason="pip install -r requirements-extra.txt")
+    policy = Policy(flip_p=0, affine_p=0, cutout_p=1)
+    for make in (ways._kornia, ways._torchvision):
+        assert (make(policy)(torch.ones(1, 3, 32, 32)) == 0).sum() == 3 * 16 * 16
+
+
+def test_each_way_is_as_deterministic_as_asked(dataset):
+    for given in (["--deterministic"], []):
+        way = ways.training(dataset, ways.settings("net136k", 16, "fp32", *given))
+        assert torch.are_deterministic_algorithms_enabled() is bool(given)
+        torch.use_deterministic_algorithms(not given)
+        next(way())
+        assert torch.are_deterministic_algorithms_enabled() is bool(given)
+
+
 def test_a_plain_loop_learns():
     dataset = data.load("synthetic", None, CPU, train_images=40)
     settings = ways.settings("net136k", 16, "fp32")
@@ -46,15 +64,9 @@ def test_a_plain_loop_learns():
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_plain_loop_has_its_precision(dataset, precision, monkeypatch):
-    cross_entropy, seen = ways.F.cross_entropy, []
-
-    def noting(logits, labels):
-        seen.append(logits.dtype)
-        return cross_entropy(logits, labels)
-
-    monkeypatch.setattr(ways.F, "cross_entropy", noting)
+    monkeypatch.setattr(ways.F, "cross_entropy", spy := Mock(wraps=ways.F.cross_entropy))
     next(ways.plain_loop(dataset, ways.settings("net136k", 8, precision))())
-    assert seen == [ways.step.DTYPES[precision]]
+    assert spy.call_args.args[0].dtype == ways.step.DTYPES[precision]
 
 
 def test_training_goes_on_epoch_after_epoch():
@@ -70,19 +82,15 @@ def test_a_layer_by_itself_does_what_it_does_in_the_net(dataset, monkeypatch):
     """Each forward and backward runs, on the input and dtype that the layer has in the net."""
     settings = ways.settings("net176k", 16, "bf16", "--dropout", "0")
     names = [layer.name for layer in trace(model.build("net176k", 10)).layers]
-    seen = []
-    grad = torch.autograd.grad
-
-    def spy(outputs, wanted, gradient):
-        seen.append((tuple(wanted[0].shape), outputs.dtype))
-        return grad(outputs, wanted, gradient)
-
-    monkeypatch.setattr(torch.autograd, "grad", spy)
+    monkeypatch.setattr(torch.autograd, "grad", spy := Mock(wraps=torch.autograd.grad))
     phases = ways.layers(dataset, settings, names)
     assert list(phases) == [f"{name} {way}" for name in names for way in ("forward", "backward")]
     for job, images in phases.values():
         job()
         assert images == 16
-    assert seen[0] == ((32, 3, 3, 3), torch.bfloat16)  # the images themselves need no gradient
-    assert seen[1] == ((16, 32, 32, 32), torch.bfloat16)
+    seen = [
+        (tuple(wanted[0].shape), y.dtype, len(wanted)) for (y, wanted, _), _ in spy.call_args_list
+    ]
+    assert seen[0] == ((32, 3, 3, 3), torch.bfloat16, 1)  # the images themselves need no gradient
+    assert seen[1] == ((16, 32, 32, 32), torch.bfloat16, 3)
     assert len(seen) == len(names)

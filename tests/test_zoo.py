@@ -47,10 +47,6 @@ def rows_of(net):
     return rows
 
 
-def test_there_are_five():
-    assert set(zoo.NETS) == set(zoo.RECIPES) == set(KNOWN)
-
-
 @pytest.mark.parametrize("name", KNOWN)
 def test_every_printed_row(name):
     assert rows_of(build(name, 10, 0.1)) == published_rows(name)
