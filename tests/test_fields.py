@@ -149,6 +149,7 @@ def test_a_gate_sees_the_whole_image(kernel, expected):
     net = nn.Sequential(conv(3, 3, kernel), SqueezeExcitation(3), conv(3, 3, 3))
     assert receptive_field(net) == expected
     assert measured(trace(net).features, 32) == (expected, expected)
+    assert trace(net, (3, 32, 48)).receptive_field == (32, 48)
     assert receptive_field(nn.Sequential(nn.Conv2d(3, 3, 3, 3), SqueezeExcitation(3))) == 30
     wide = nn.Sequential(conv(3, 3, 41), SqueezeExcitation(3), conv(3, 3, 3))
     assert receptive_field(wide) == 43  # here the central output's own window is larger
