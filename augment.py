@@ -103,10 +103,7 @@ def jitter_colours(images: Tensor, colours: Colours) -> Tensor:
 
 
 def apply(
-    images: Tensor,
-    params: Params,
-    fill: float | Tensor,
-    border: str = "reflect101",
+    images: Tensor, params: Params, fill: float | Tensor, border: str = "reflect101"
 ) -> Tensor:
     """Apply flip, shift-scale-rotate and cutout to images (N, C, W, W), in any unit; float32.
 

@@ -1,7 +1,6 @@
 """Every knob of a run, with its default and its bounds."""
 
 import argparse
-import textwrap
 from argparse import Namespace
 from dataclasses import fields
 from pathlib import Path
@@ -175,34 +174,3 @@ def identity(args: Namespace) -> dict[str, Any]:
 def policy_of(args: Namespace) -> Policy:
     values = {f.name: getattr(args, f.name) for f in fields(Policy)}
     return Policy(**values | {"rgb_shift": tuple(args.rgb_shift)})
-
-
-OF_A_RECIPE = "batch_size optimizer lr schedule momentum weight_decay label_smoothing dropout sam"
-OF_A_RECIPE += " flip_p shift scale rotate affine_p border cutout cutout_p fill"
-
-
-def describe_recipe(args: Namespace) -> str:
-    """What --recipe set, what of that other flags changed, and what was never published."""
-    recipe, values = zoo.RECIPES[args.recipe], vars(args)
-    published = recipe.flags
-    kept = [name for name in published if values[name] == published[name]]
-    changed = [name for name in published if name not in kept]
-    rest = [name for name in OF_A_RECIPE.split() if name not in published]
-
-    def listed(names: list[str]) -> str:
-        said = {name: "mean" if values[name] is None else values[name] for name in names}
-        return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in said.items())
-
-    sentences = (
-        f"published: {listed(kept) or 'nothing'}",
-        changed and f"changed here: {listed(changed)}",
-        f"not published: {listed(rest)}",
-        recipe.note,
-    )
-    indent = " " * 11
-    lines = (
-        textwrap.fill(s, 80, initial_indent=indent, subsequent_indent=indent + "  ")
-        for s in sentences
-        if s
-    )
-    return "\n".join([f"recipe     {args.recipe}", *lines])

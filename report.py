@@ -2,6 +2,7 @@
 
 import json
 import statistics
+import textwrap
 from argparse import Namespace
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 import checkpoint
 import data
+import zoo
 from common import written_whole
 
 FILES = ("config.json", "metrics.jsonl", "last.pt", "model.pt", "predictions.npy", "summary.json")
@@ -102,6 +104,37 @@ def announce(facts: dict[str, Any], dataset: data.Dataset, folder: Path) -> None
         f"{facts['receptive_field']}, {facts['multiply_adds'] / 1e6:.1f} M multiply-adds\n"
         f"run        {folder}"
     )
+
+
+OF_A_RECIPE = "batch_size optimizer lr schedule momentum weight_decay label_smoothing dropout sam"
+OF_A_RECIPE += " flip_p shift scale rotate affine_p border cutout cutout_p fill"
+
+
+def describe_recipe(args: Namespace) -> str:
+    """What --recipe set, what of that other flags changed, and what was never published."""
+    recipe, values = zoo.RECIPES[args.recipe], vars(args)
+    published = recipe.flags
+    kept = [name for name in published if values[name] == published[name]]
+    changed = [name for name in published if name not in kept]
+    rest = [name for name in OF_A_RECIPE.split() if name not in published]
+
+    def listed(names: list[str]) -> str:
+        said = {name: "mean" if values[name] is None else values[name] for name in names}
+        return ", ".join(f"{name.replace('_', ' ')} {value}" for name, value in said.items())
+
+    sentences = (
+        f"published: {listed(kept) or 'nothing'}",
+        changed and f"changed here: {listed(changed)}",
+        f"not published: {listed(rest)}",
+        recipe.note,
+    )
+    indent = " " * 11
+    lines = (
+        textwrap.fill(s, 80, initial_indent=indent, subsequent_indent=indent + "  ")
+        for s in sentences
+        if s
+    )
+    return "\n".join([f"recipe     {args.recipe}", *lines])
 
 
 def show(summary: dict[str, Any]) -> None:

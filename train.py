@@ -35,7 +35,7 @@ from common import (
     is_out_of_memory,
     with_exit_status,
 )
-from flags import describe_recipe, identity, parse_flags
+from flags import identity, parse_flags
 from machine import (
     be_deterministic,
     choose_device,
@@ -162,7 +162,7 @@ def run(
             return checkpoint.load_summary(folder)
         report.announce(facts, dataset, folder)
         if args.recipe is not None:
-            print(describe_recipe(args))
+            print(report.describe_recipe(args))
         print(f"\n{report.HEADER}", flush=True)
         epochs.run_epochs(training, dataset, args, folder)
         logits = [step.predict_logits(net, dataset, args.precision, flip) for flip in (False, True)]

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import flags
+import report
 import zoo
 from common import UserError
 from graph import trace
@@ -117,7 +118,7 @@ def test_a_recipe_is_within_the_flags_own_bounds(name):
 
 def test_what_a_recipe_prints():
     args = flags.parse_flags(["--recipe", "net190k", "--flip-p", "0.25"])
-    printed = flags.describe_recipe(args)
+    printed = report.describe_recipe(args)
     assert max(map(len, printed.splitlines())) <= 80
     text = " ".join(printed.split())
     published, changed, missing = (
@@ -128,7 +129,8 @@ def test_what_a_recipe_prints():
     assert changed.strip() == "flip p 0.25"
     assert "lr 0.4, schedule onecycle, momentum 0.9, weight decay" in missing
     assert "truncated it to black" in missing
-    assert "published: nothing" in flags.describe_recipe(flags.parse_flags(["--recipe", "net150k"]))
+    nothing = flags.parse_flags(["--recipe", "net150k"])
+    assert "published: nothing" in report.describe_recipe(nothing)
 
 
 def test_a_mistake_beside_a_recipe():
