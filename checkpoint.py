@@ -129,7 +129,8 @@ def _read(path: Path, parse: Callable[[BinaryIO], T]) -> T:
     except Exception as error:  # a damaged file can fail in any way
         run, way = path.parent, ""
         if path.name != "config.json":
-            way = f"; delete {run / 'summary.json'}, then train.py --resume {run} writes it anew"
+            rest = going_on(run, "and writes it anew")
+            way = f"; delete {run / 'summary.json'}, then train.py {rest}"
         raise UserError(f"{path} is damaged: {first_line(error)}{way}") from error
 
 
