@@ -144,6 +144,6 @@ def _missing(path: Path) -> UserError:
     if (run / "config.json").exists() and not (run / "summary.json").exists():
         way = going_on(run, "it")
         return UserError(f"{path} does not exist because the run has not finished: train.py {way}")
-    if (run / "model.pt").exists() and not (run / "config.json").exists():
+    if path.suffix != ".pt" and (run / "model.pt").exists() and not (run / "config.json").exists():
         return UserError(f"{run} holds only a net, for predict.py; this needs a whole run's folder")
     return UserError(f"{path} does not exist")

@@ -113,8 +113,8 @@ def parse_flags(argv: list[str]) -> Namespace:
         if args.recipe is not None:
             parser.set_defaults(**zoo.RECIPES[args.recipe].flags)
             args = parser.parse_args(argv)
-        for name in vars(Policy()) if args.augment == "none" else ():
-            if vars(args)[name] != parser.get_default(name):
+        for name in vars(Policy()):
+            if args.augment == "none" and vars(args)[name] != parser.get_default(name):
                 raise UserError(f"{option(name)} does nothing with --augment none: omit either")
         if args.cutout and args.cutout_min is not None and args.cutout_min > args.cutout:
             raise UserError(f"--cutout-min {args.cutout_min}: larger than --cutout {args.cutout}")

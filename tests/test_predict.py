@@ -224,6 +224,8 @@ def test_a_net_under_another_name(run, tmp_path, capsys):
     assert predict.main([str(net), str(image)]) == predict.main([str(run), str(image)]) == 0
     first, second = capsys.readouterr().out.splitlines()
     assert first == second
+    assert predict.main([str(run / "nte.pt"), str(image)]) == 2
+    assert "nte.pt does not exist" in capsys.readouterr().err
 
 
 def test_mistakes_are_one_line(run, tmp_path, capsys):
