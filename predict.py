@@ -96,21 +96,19 @@ def classify(args: Namespace, failed: list[str]) -> None:
     mean, std = (torch.tensor(content[key], device=device) for key in ("mean", "std"))
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a photo may be that large
     images = readable(args.images, failed)
-    results = []
+    widest, results = max(map(len, classes)), []
     while batch := list(islice(images, BATCH)):
         names, pixels = zip(*batch, strict=True)
         for name, shares in zip(names, probabilities(net, pixels, mean, std).tolist(), strict=True):
             best = sorted(zip(shares, classes, strict=True), reverse=True)[: args.top]
-            results.append((name, [{"class": c, "probability": p} for p, c in best]))
+            if args.json:
+                predictions = [{"class": c, "probability": p} for p, c in best]
+                results.append({"image": name, "predictions": predictions})
+            else:
+                cells = (f"{c:>{widest}} {p:6.1%}" for p, c in best)
+                print(*cells, printable(name), sep="  ", flush=True)
     if args.json:
-        print(json.dumps([{"image": name, "predictions": best} for name, best in results]))
-        return
-    results = [(printable(name), best) for name, best in results]
-    width = max((len(name) for name, _ in results), default=0)
-    widest = max(map(len, classes))
-    for name, best in results:
-        cells = (f"{one['class']:>{widest}} {one['probability']:6.1%}" for one in best)
-        print(f"{name:<{width}}", *cells, sep="  ")
+        print(json.dumps(results))
 
 
 @with_exit_status

@@ -207,14 +207,24 @@ def test_what_decodes_to_too_much_is_skipped(run, tmp_path, capsys, monkeypatch,
     assert not [each for each in recwarn if issubclass(each.category, bombs)]
 
 
-def test_text_is_aligned_and_in_batches(run, tmp_path, capsys, monkeypatch):
+def test_text_is_aligned_and_printed_batch_by_batch(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(predict, "BATCH", 2)
     names = [save(tmp_path / f"{'x' * k}.png", (9, 250, 9)) for k in range(1, 6)]
+    real, printed = predict.readable, []
+
+    def watched(*arguments):
+        for each in real(*arguments):
+            printed.append(capsys.readouterr().out)
+            yield each
+
+    monkeypatch.setattr(predict, "readable", watched)
     assert predict.main([str(run), *names, "--top", "2", "--device", "cpu"]) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[0] for line in lines] == names
-    assert len({len(line) for line in lines}) == 1
-    assert all(line.split()[1] == "green" for line in lines)
+    printed.append(capsys.readouterr().out)
+    assert [text.count("\n") for text in printed] == [0, 0, 2, 0, 2, 1]
+    lines = "".join(printed).splitlines()
+    assert [line.split()[-1] for line in lines] == names
+    assert len({len(line) - len(name) for line, name in zip(lines, names, strict=True)}) == 1
+    assert all(line.split()[0] == "green" for line in lines)
     assert all(line.count("%") == 2 for line in lines)
 
 
