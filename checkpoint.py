@@ -33,7 +33,10 @@ def load(path: Path) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise _missing(path) from error
     except Exception as error:  # a damaged file can fail in any way
-        raise UserError(f"{path} is not a valid atrous checkpoint: {first_line(error)}") from error
+        raise UserError(
+            f"{path} is not a valid atrous checkpoint: {first_line(error)}; "
+            "if a run's is damaged, train again in another --out"
+        ) from error
     if not isinstance(content, dict) or not isinstance(content.get("format"), int):
         raise UserError(f"{path} is not an atrous checkpoint")
     if content["format"] != FORMAT:

@@ -101,9 +101,13 @@ def _read(source: str, data_dir: Path) -> tuple[str, list[str], Splits]:
             if source == "cifar10" or any(data_dir.glob("cifar-10-*")):  # a damaged copy
                 raise UserError(
                     f"--data {source}: no whole copy in {data_dir}, and the download failed "
-                    f"({error}); try --data synthetic, or a folder or archive of images"
+                    f"({error}); try again with a network, or another --data"
                 ) from error
-            print(f"warning: CIFAR-10 could not be downloaded: {error}", file=sys.stderr)
+            print(
+                f"warning: CIFAR-10 could not be downloaded ({error}): generated images instead; "
+                "--data takes a folder or archive of images",
+                file=sys.stderr,
+            )
     if source in ("auto", "synthetic"):
         splits = {"train": synthetic.shapes(5000, seed=0), "test": synthetic.shapes(1000, seed=1)}
         return "synthetic", list(synthetic.SHAPES), splits

@@ -130,7 +130,10 @@ def parse_flags(argv: list[str]) -> Namespace:
     args = parser.parse_args(argv)
     for name, value in vars(args).items():
         if name not in MAY_CHANGE and value != flags[name]:
-            raise UserError(f"{option(name)} {value}: the run in {args.resume} has {flags[name]}")
+            raise UserError(
+                f"{option(name)} {value}: the run in {args.resume} has {flags[name]} and "
+                "keeps it; start a new run in another --out"
+            )
     return args
 
 

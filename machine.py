@@ -99,7 +99,8 @@ def _kernels_on(device: torch.device) -> ModuleType | None:
             raise
         print(
             f"warning: Triton cannot compile here: {first_line(error)}; "
-            "training continues with PyTorch's own kernels, more slowly",
+            "training continues with PyTorch's own kernels, more slowly, until a C "
+            "compiler and Python's headers are installed",
             file=sys.stderr,
         )
         return None

@@ -92,7 +92,8 @@ def test_a_resumed_run_keeps_its_flags(finished, capsys):
         ("--out", "elsewhere", folder),
     ):
         assert train.main(["--resume", str(folder), option, value]) == 2
-        error = f"error: {option} {value}: the run in {folder} has {had}\n"
+        error = f"error: {option} {value}: the run in {folder} has {had} and keeps it; "
+        error += "start a new run in another --out\n"
         assert capsys.readouterr().err == error
 
 
