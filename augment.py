@@ -109,7 +109,8 @@ def apply(
 
     `fill`, a number or (C, 1, 1) in the images' unit, is the hole's colour and, if `border` is
     "constant", what lies outside the image. Computed in float32 even under autocast: an image that
-    draws nothing, or only a flip or a hole, keeps its values exactly.
+    draws nothing, or only a flip or a hole, keeps its values exactly. Raises ValueError for a
+    `border` that is not one of BORDERS.
     """
     if border not in BORDERS:
         raise ValueError(f"border {border!r} is not one of {BORDERS}")

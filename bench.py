@@ -45,7 +45,7 @@ CORES = len(os.sched_getaffinity(0))
 RESULTS = Path(__file__).parent / "results"
 
 
-def bench_epoch(args: Namespace, argv: list[str]) -> None:
+def bench_epoch(args: Namespace) -> None:
     """Time an epoch and its phases at several batch sizes, beside the epoch's floor; then the same
     epoch in other ways, including per-image transforms in a DataLoader."""
     device = choose_device(args.device)
@@ -62,14 +62,14 @@ def bench_epoch(args: Namespace, argv: list[str]) -> None:
     print(f"\n{title}; {device_name(device)}\n{format_rows(rows)}\n", flush=True)
     figures = {"title": title, "data": dataset.name, "ceilings": vars(ceilings)}
     figures |= {"batch_sizes": rows}
-    keep = partial(write, f"epoch-{args.net}", device_name(device), argv)
+    keep = partial(write, f"epoch-{args.net}", device_name(device), args.command)
     keep(figures)  # should one of the ways fail
     figures["ways_epoch_seconds"] = epoch_ways(dataset, args.net, precision)
     print(format_ways(figures["ways_epoch_seconds"]))
     keep(figures)
 
 
-def bench_layers(args: Namespace, argv: list[str]) -> None:
+def bench_layers(args: Namespace) -> None:
     """Time each layer's forward and backward beside its floor: where an epoch's time goes."""
     batch, (dataset, layers, precision) = ways.BATCH, prepared(args, ways.BATCH)
     layers = [layer for layer in layers if not layer.kind.endswith("pool2d")]  # not functions
@@ -94,7 +94,7 @@ def bench_layers(args: Namespace, argv: list[str]) -> None:
     title = f"ms per layer, batches of {batch}, {args.net} on {dataset.name}, {precision}"
     print(f"\n{title}; {device_name(device)}\n{format_layers(rows)}")
     figures = {"title": title, "data": dataset.name, "ceilings": vars(ceilings), "layers": rows}
-    write(f"layers-{args.net}", device_name(device), argv, figures)
+    write(f"layers-{args.net}", device_name(device), args.command, figures)
 
 
 def format_layers(rows: list[dict[str, Any]]) -> str:
@@ -114,7 +114,7 @@ def format_layers(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def bench_kernels(args: Namespace, argv: list[str]) -> None:
+def bench_kernels(args: Namespace) -> None:
     """What one training step is made of: a GPU's kernels, or PyTorch's operations on a CPU. For the
     rest of the time that a step takes, a GPU is idle."""
     batch, (dataset, _, precision) = ways.BATCH, prepared(args, ways.BATCH)
@@ -131,7 +131,7 @@ def bench_kernels(args: Namespace, argv: list[str]) -> None:
     total = sum(row["seconds"] for row in rows)
     print(f"{1e6 * total:9.1f}         in total; a step takes {1e6 * seconds:.1f} µs")
     figures = {"title": title, "data": dataset.name, "step_seconds": seconds, "kernels": rows}
-    write(f"kernels-{args.net}", device_name(device), argv, figures)
+    write(f"kernels-{args.net}", device_name(device), args.command, figures)
 
 
 def prepared(args: Namespace, batch: int) -> tuple[data.Dataset, list[graph.Layer], str]:
@@ -221,7 +221,7 @@ def format_ways(seconds: dict[str, float]) -> str:
     )
 
 
-def bench_augment(args: Namespace, argv: list[str]) -> None:
+def bench_augment(args: Namespace) -> None:
     """Measure images augmented a second: uint8 in, normalised batches of `ways.BATCH` out."""
     require("kornia")
     device = choose_device(args.device)
@@ -236,10 +236,10 @@ def bench_augment(args: Namespace, argv: list[str]) -> None:
     for name, rate in rates.items():
         print(f"{name:<{width}} {rate:12,.0f} images/s {first / rate:6.1f} × our time")
     figures = {"title": title, "data": dataset.name, "images_per_second": rates}
-    write("augment", device_name(device), argv, figures)
+    write("augment", device_name(device), args.command, figures)
 
 
-def bench_startup(args: Namespace, argv: list[str]) -> None:
+def bench_startup(args: Namespace) -> None:
     """Seconds from a process's start to its first step and to its end, pictures included: cold,
     with no images decoded and no kernels compiled before, then warm."""
     device = choose_device(args.device)
@@ -261,34 +261,35 @@ def bench_startup(args: Namespace, argv: list[str]) -> None:
         figures = " ".join(f"{row[f'{part}_seconds']:9.2f} s" for part in parts)
         print(f"{cache:<4} {figures} {row['peak_memory_bytes'] / 2**20:8,.0f} MiB")
     figures = {"title": title, "data": summary["data"], "epochs": epochs, "cache": rows}
-    write(f"startup-{args.net}", summary["device"], argv, figures)
+    write(f"startup-{args.net}", summary["device"], args.command, figures)
 
 
-def bench_trainings(args: Namespace, argv: list[str]) -> None:
+def bench_trainings(args: Namespace) -> None:
     """Train each variant in turn; report their accuracies and seconds, and draw both."""
     rows = trials.train_all(args.variants(args), args)
     first, name = rows[0]["runs"][0], args.variants.__name__
     seeds = f"{args.repeat} seeds" if args.repeat > 1 else "one seed"
     title = f"{name} on {first['data']}, {seeds}"
     print(f"\n{title}; {first['device']}, {first['precision']}\n{trials.table(rows)}")
-    path = write(name, first["device"], argv, {"title": title, "data": first["data"], name: rows})
+    figures = {"title": title, "data": first["data"], name: rows}
+    path = write(name, first["device"], args.command, figures)
     trials.draw(path.with_suffix(".png"), rows, args)
 
 
-def write(name: str, device: str, argv: list[str], figures: dict[str, Any]) -> Path:
+def write(name: str, device: str, command: str, figures: dict[str, Any]) -> Path:
     """Write results/<name>-<device>.json, its name without that of the default net."""
     RESULTS.mkdir(exist_ok=True)
     name = name.removesuffix("-atrous")
     path = RESULTS / f"{name}-{re.sub('[^a-z0-9]+', '-', device.lower()).strip('-')}.json"
-    facts = {"command": shlex.join(["python", "bench.py", *argv]), "device": device}
-    report.write_json(path, facts | {"versions": versions()} | figures)
+    facts = {"command": command, "device": device, "versions": versions()}
+    report.write_json(path, facts | figures)
     print(f"written to {path}")
     return path
 
 
-def bench_all(args: Namespace, argv: list[str]) -> None:
+def bench_all(args: Namespace) -> None:
     for job in (bench_epoch, bench_layers, bench_kernels, bench_startup, bench_augment):
-        job(args, argv)
+        job(args)
 
 
 @with_exit_status
@@ -298,7 +299,7 @@ def main(argv: list[str]) -> None:
     what = parser.add_subparsers(required=True)
     count = number(int, 1)
 
-    def add(name: str, bench: Callable[[Namespace, list[str]], None], text: str) -> Parser:
+    def add(name: str, bench: Callable[[Namespace], None], text: str) -> Parser:
         defaults = argparse.ArgumentDefaultsHelpFormatter
         each = what.add_parser(name, help=text, formatter_class=defaults)
         each.set_defaults(bench=bench)
@@ -334,8 +335,9 @@ def main(argv: list[str]) -> None:
             "--out", metavar="DIR", default=f"runs/{name}", help="folder for the runs"
         )
     args = parser.parse_args(argv)
+    args.command = shlex.join(["python", "bench.py", *argv])
     keep_freed_memory()
-    args.bench(args, argv)
+    args.bench(args)
 
 
 if __name__ == "__main__":

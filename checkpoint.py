@@ -54,13 +54,15 @@ def load_net(path: Path) -> tuple[nn.Module, dict[str, Any]]:
     """
     content = load(path)
     try:
-        net = build(content["net"], len(content["classes"]))
-        net.load_state_dict(content["state_dict"])
-        statistics = torch.tensor([content["mean"], content["std"]])
+        names, statistics = content["classes"], torch.tensor([content["mean"], content["std"]])
         if statistics.shape != (2, 3) or not statistics.isfinite().all():
             raise ValueError("mean and std must be three numbers each")
-        if not all(isinstance(name, str) for name in content["classes"]):
-            raise TypeError("classes must be names")
+        if not (statistics[1] > 0).all():
+            raise ValueError("std must be above 0")
+        if not names or not all(isinstance(name, str) and name.isprintable() for name in names):
+            raise TypeError("classes must be printable names")
+        net = build(content["net"], len(names))
+        net.load_state_dict(content["state_dict"])
     except (UserError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(
             f"{path} cannot be loaded by this version of atrous: {first_line(error)}; "

@@ -1,7 +1,6 @@
 """How a command ends, and files written whole or not at all."""
 
 import argparse
-import functools
 import importlib.util
 import io
 import math
@@ -103,7 +102,7 @@ def exit_status(job: Callable[[], int | None]) -> int:
 
 def with_exit_status(main: Callable[[list[str]], int | None]) -> Callable[[list[str]], int]:
     """A file's `main` as its command, which ends as `exit_status` says."""
-    return functools.wraps(main)(lambda argv: exit_status(lambda: main(argv)))
+    return lambda argv: exit_status(lambda: main(argv))
 
 
 def printable(text: str) -> str:

@@ -38,7 +38,8 @@ def training_batches(dataset: data.Dataset, args: Namespace) -> Iterator[tuple[T
         yield from reference.augmented(dataset, batches, policy_of(args), args.workers)
         return
     policy = policy_of(args) if args.augment == "device" else None
-    several, size = batches_at_once(args.batch_size, device), len(batches[0])
+    size = len(batches[0])
+    several = batches_at_once(size, device)
     for first in range(0, len(batches), several):
         index = torch.cat(batches[first : first + several])
         images = dataset.train_images.index_select(0, index)  # faster than images[index] on a CPU
@@ -57,7 +58,8 @@ def train_epoch(
     training: Training, take_step: step.Step, dataset: data.Dataset, args: Namespace, bar: tqdm
 ) -> dict[str, float]:
     """Take one epoch of optimiser steps. Returns its learning rate, loss, accuracy, seconds,
-    images/s and number of steps that the loss scaler skipped."""
+    images/s and number of steps that the loss scaler skipped. Raises UserError if a loss is not
+    finite."""
     training.net.train()
     start = time.perf_counter()
     rates, figures = [], []
@@ -91,7 +93,7 @@ def run_epoch(
     training: Training, take_step: step.Step, dataset: data.Dataset, args: Namespace, bar: tqdm
 ) -> None:
     """Train and evaluate one epoch, seeded by run and epoch so that resuming needs no generator
-    state, and add its line to the history."""
+    state, and add its line to the history. Raises UserError if a loss is not finite."""
     start = time.perf_counter()
     epoch = len(training.history) + 1
     torch.manual_seed(args.seed * 1_000_003 + epoch)

@@ -2,7 +2,6 @@
 
 import argparse
 from argparse import Namespace
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -175,5 +174,5 @@ def identity(args: Namespace) -> dict[str, Any]:
 
 
 def policy_of(args: Namespace) -> Policy:
-    values = {f.name: getattr(args, f.name) for f in fields(Policy)}
+    values = {name: getattr(args, name) for name in vars(Policy())}
     return Policy(**values | {"rgb_shift": tuple(args.rgb_shift)})

@@ -24,7 +24,8 @@ MAX_ARCHIVE_BYTES = 2 << 30  # unpacked
 MAX_IMAGES = 1_000_000  # 3 GB of pixels
 CACHE_FORMAT = 5  # raise when what is cached changes
 
-Splits = dict[str, tuple[Tensor, Tensor]]  # "train" and "test": images, labels
+# "train" and "test": images uint8 (N, 3, 32, 32), labels int64 (N,)
+Splits = dict[str, tuple[Tensor, Tensor]]
 
 
 def read(path: Path) -> tuple[str, list[str], Splits]:
@@ -44,7 +45,8 @@ def read(path: Path) -> tuple[str, list[str], Splits]:
     except (FileNotFoundError, NotADirectoryError):
         pass
     except Exception as error:  # whatever is wrong with it, the source is at hand
-        print(f"warning: {cache} cannot be read, decoding again ({error})", file=sys.stderr)
+        why = first_line(error)
+        print(f"warning: {cache} cannot be read, decoding again ({why})", file=sys.stderr)
     classes, splits = _decode(path)
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)

@@ -24,6 +24,7 @@ PACKAGES += ("opencv-python-headless", "kornia")
 
 
 def choose_device(name: str) -> torch.device:
+    """The device `name`; for "auto" the best there is. Raises UserError if it is not available."""
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),

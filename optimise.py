@@ -47,7 +47,8 @@ class Training:
 
 
 def make_training(net: nn.Module, args: Namespace, device: torch.device, steps: int) -> Training:
-    """`steps` is the number of optimiser steps in an epoch."""
+    """Move `net` to `device`, have its slow layers taken over, and make its optimiser, schedule and
+    loss scaler. `steps` is the number of optimiser steps in an epoch."""
     net.to(device, memory_format=torch.channels_last)
     if device.type == "cpu":
         onednn.take_over(net)

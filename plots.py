@@ -96,7 +96,8 @@ def examples(path: Path, dataset: data.Dataset, inputs: Tensor, labels: Tensor) 
 def mistakes(
     path: Path, images: np.ndarray, labels: np.ndarray, logits: np.ndarray, classes: list[str]
 ) -> None:
-    """The 32 misclassified test images uint8 (N, H, W, 3) that the net was surest of."""
+    """The 32 misclassified test images uint8 (N, H, W, 3) that the net was surest of; labels int64
+    (N,), logits float32 (N, classes), here and below."""
     predicted, confidence = logits.argmax(1), torch.from_numpy(logits).softmax(1).amax(1).numpy()
     wrong = np.flatnonzero(predicted != labels)
     wrong = wrong[np.argsort(-confidence[wrong], kind="stable")]

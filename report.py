@@ -187,7 +187,7 @@ other images, sizes and cameras are untested.
 |---|---|
 {shares}
 
-Every flag that is set: {given}.
+All flags that have a value: {given}.
 """
     with written_whole(folder / "card.md") as file:
         file.write(text.encode())

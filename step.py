@@ -52,7 +52,7 @@ def train_step(
     labels: Tensor,
     precision: str,
     label_smoothing: float,
-    radius: float = 0.0,
+    radius: float,
 ) -> Tensor:
     """Take one optimiser step. Returns float32 (3,), left on the device: the batch's mean loss, its
     count of right answers, and 1 if the loss scaler skipped the step because a gradient overflowed.
@@ -110,7 +110,7 @@ def uphill(net: nn.Module, radius: float) -> Iterator[None]:
             torch._foreach_copy_(weights, before)
 
 
-def make_step(training: Training, dataset: Dataset, args: Namespace, radius: float = 0.0) -> Step:
+def make_step(training: Training, dataset: Dataset, args: Namespace, radius: float) -> Step:
     """The training step for a batch: prepared inputs float32 (B, 3, H, W), labels int64 (B,).
 
     On one GPU it is a CUDA graph: so small a net's kernel launches take longer than its arithmetic.

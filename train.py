@@ -124,8 +124,6 @@ def repeat(args: Namespace, command: str, dataset: data.Dataset) -> None:
         summaries, way_on = [], going_on(base, "this seed and the rest")
         for seed, folder in folders.items():
             own = {"seed": seed, "repeat": 1, "out": str(folder), "resume": None}
-            if (folder / "last.pt").exists():
-                own["resume"] = str(folder)
             each = Namespace(**vars(args) | own)
             summaries.append(run(each, command, dataset, time.perf_counter(), way_on))
         if ranks.rank() == 0:
@@ -150,7 +148,7 @@ def run(
     folder = run_folder(args, dataset.name)
     way_on = way_on or going_on(folder)
     with alone_in(folder), ending_in_one_line(args, device, way_on):
-        if args.resume and (folder / "last.pt").exists():
+        if (folder / "last.pt").exists():
             resume(training, folder, dataset, args)
             start -= training.elapsed
         elif not (folder / "summary.json").exists():

@@ -97,7 +97,8 @@ def layers(dataset: data.Dataset, args: Namespace, names: list[str]) -> Phases:
 
         def backward() -> None:
             outputs = between.pop("outputs")
-            torch.autograd.grad(outputs, wanted, outputs.detach())
+            if wanted:  # not a pooling of the images themselves
+                torch.autograd.grad(outputs, wanted, outputs.detach())
 
         phases[f"{name} forward"], phases[f"{name} backward"] = (forward, batch), (backward, batch)
 

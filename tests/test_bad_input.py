@@ -1,6 +1,7 @@
 """A user error is one line on stderr and exit status 2; nothing is half-written or lost."""
 
 import resource
+from contextlib import contextmanager
 from unittest.mock import Mock
 
 import pytest
@@ -49,7 +50,7 @@ BAD_FLAGS = [
     (["--out", "r\udcff"], "r\\udcff"),
     (["--data", "two\nlines.tar"], "two\\nlines"),
 ]
-LIMITED = "target momentum label-smoothing dropout shift scale rotate affine-p cutout-p rgb-shift-p"
+LIMITED = "target label-smoothing shift rotate affine-p cutout-p rgb-shift-p"
 LIMITED += " brightness contrast brightness-contrast-p workers repeat"
 BAD_FLAGS += [([f"--{name}", "9999"], f"--{name}: 9999 must be") for name in LIMITED.split()]
 if not torch.cuda.is_available():
@@ -112,9 +113,7 @@ def test_weights_that_are_no_numbers_are_not_kept(tmp_path, capsys, no_pictures)
     "error",
     [
         torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB."),
-        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
         MemoryError("Unable to allocate 9.00 GiB for an array"),
-        RuntimeError("CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate`"),
     ],
 )
 def test_out_of_memory_is_one_line(tmp_path, monkeypatch, capsys, error):
@@ -172,15 +171,21 @@ def test_a_worker_that_fails_is_one_line(tmp_path, monkeypatch, capsys, before):
     assert line.startswith(f"error: --workers 3: {said}; resume with --workers 0: --resume ")
 
 
-def test_a_full_disk_is_one_line_that_names_the_way_on(tmp_path, capsys, no_pictures):
-    """A limit on file size, which the checkpoint exceeds, stands in for a full disk."""
-    folder = tmp_path / "run"
+@contextmanager
+def a_full_disk():
+    """A limit on file size, which a checkpoint exceeds, stands in for it."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))
     try:
-        status = train.main([*SMALL, "--net", "net136k", "--out", str(folder)])
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_a_full_disk_is_one_line_that_names_the_way_on(tmp_path, capsys, no_pictures):
+    folder = tmp_path / "run"
+    with a_full_disk():
+        status = train.main([*SMALL, "--net", "net136k", "--out", str(folder)])
     error = capsys.readouterr().err.splitlines()[-1]
     assert status == 2
     assert f"File too large: '{folder}/last.pt'; --resume {folder}" in error
@@ -188,13 +193,9 @@ def test_a_full_disk_is_one_line_that_names_the_way_on(tmp_path, capsys, no_pict
     assert train.main(["--resume", str(folder)]) == 0
 
 
-def test_a_decoded_archive_that_the_disk_has_no_room_for(tmp_path, capsys, no_pictures):
+def test_a_decoded_archive_that_the_disk_has_no_room_for(tmp_path, capsys):
     path = write_tar(tmp_path / "pets.tar", files(train=200))
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, limits[1]))
-    try:
+    with a_full_disk():
         dataset = data.load(str(path), tmp_path, torch.device("cpu"))
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert len(dataset.train_images) == 400
     assert "decoded images are not cached: " in capsys.readouterr().err

@@ -134,6 +134,14 @@ def test_a_pooling_that_is_no_module_has_no_line(arguments, briefly, tmp_path, m
     assert [row["name"] for row in result(tmp_path, "layers")["layers"]] == ["a", "b"]
 
 
+def test_a_net_that_begins_with_a_pooling(arguments, briefly, tmp_path, monkeypatch):
+    layers = nn.AvgPool2d(2), conv(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    monkeypatch.setattr(bench.model, "build", lambda *_: nn.Sequential(*layers))
+    assert bench.main(["layers", *arguments[1:3], "--device", "cpu"]) == 0
+    names = [row["name"] for row in result(tmp_path, "layers")["layers"]]
+    assert {"0", "1", "4"} <= set(names)
+
+
 def test_what_a_step_is_made_of(arguments, briefly, tmp_path, capsys):
     assert bench.main(["kernels", *arguments[1:3], "--net", "net136k", "--device", "cpu"]) == 0
     assert max(map(len, capsys.readouterr().out.splitlines()[2:-1])) <= 80
@@ -195,10 +203,9 @@ def test_nets_side_by_side(arguments, tmp_path, capsys):
     assert len(heading) == len(first) == len(second)
     assert (first.split()[0], second.split()[0]) == ("atrous", "net136k")
     assert "±" in second
-    (path,) = (tmp_path / "results").glob("nets-cpu-*.json")
-    result = json.loads(path.read_text())
-    assert result["title"] == "nets on pets, 2 seeds"
-    for row, name in zip(result["nets"], ("atrous", "net136k"), strict=True):
+    content = result(tmp_path, "nets")
+    assert content["title"] == "nets on pets, 2 seeds"
+    for row, name in zip(content["nets"], ("atrous", "net136k"), strict=True):
         assert row["net"] == name
         assert [run["seed"] for run in row["runs"]] == [0, 1]
         final = [run["final_accuracy"] for run in row["runs"]]
@@ -252,16 +259,12 @@ def test_all_but_one_ingredient(arguments, tmp_path, capsys):
     assert len(heading) == len(first) <= 80
     assert first.startswith("the default ")
     assert without_affine.startswith("no affine ")
-    default, *others = [trained(tmp_path / "runs", row["name"]) for row in rows]
+    folders = [tmp_path / "runs" / row["name"].replace(" ", "-") / "s0" for row in rows]
+    default, *others = [checkpoint.load_config(folder)["flags"] for folder in folders]
     changed = [{name for name in default if flags[name] != default[name]} for flags in others]
     left_out = ["flip_p", "affine_p", "cutout_p", "weight_decay", "schedule", "optimizer", "sam"]
     assert changed == [{name, "out"} for name in left_out]
     assert all(not flags[name] for flags, name in zip(others[:4], left_out, strict=False))
-
-
-def trained(runs, name):
-    folder = runs / name.replace(" ", "-") / "s0"
-    return json.loads((folder / "config.json").read_text())["flags"]
 
 
 def test_lengths(arguments, tmp_path, monkeypatch):

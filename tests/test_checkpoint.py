@@ -1,8 +1,8 @@
 import json
-import pickle
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from test_hostile import Hostile
@@ -107,12 +107,17 @@ def test_a_run_that_has_not_ended_is_to_go_on(tmp_path):
         checkpoint.load_predictions(tmp_path)
 
 
+OF_NO_CLASS = {"net": "atrous", "state_dict": {}, "classes": []}
+OF_NO_CLASS |= {"mean": [0.0] * 3, "std": [1.0] * 3}
 BAD = {
     "not ours": lambda path: torch.save({"weights": torch.zeros(3)}, path),
     "no dict": lambda path: torch.save(torch.zeros(3), path),
     "another net": lambda path: model_file(path, net="resnet"),
     "other classes": lambda path: model_file(path, state_dict=build("atrous", 5).state_dict()),
     "numbered classes": lambda path: model_file(path, classes=range(4)),
+    "no classes": lambda path: checkpoint.save(path, OF_NO_CLASS),
+    "a terminal's commands": lambda path: model_file(path, classes=["\x1b[2J", "b"]),
+    "no deviation": lambda path: model_file(path, std=[0.0] * 3),
     "two means": lambda path: model_file(path, mean=[0.0] * 2),
     "a text for a mean": lambda path: model_file(path, mean="abc"),
     "an infinite mean": lambda path: model_file(path, mean=[0.0, 0.0, float("inf")]),
@@ -130,10 +135,9 @@ def test_bad_files_are_one_line(tmp_path, spoil):
 
 
 def test_predictions_run_no_code(tmp_path, capsys):
-    (tmp_path / "predictions.npy").write_bytes(pickle.dumps(Hostile()))
-    with pytest.raises(UserError, match=r"predictions\.npy is damaged: ") as error:
+    np.save(tmp_path / "predictions.npy", np.array([Hostile()], dtype=object))
+    with pytest.raises(UserError, match=r"predictions\.npy is damaged: "):
         checkpoint.load_predictions(tmp_path)
-    assert "allow_pickle" not in str(error.value)
     assert not capsys.readouterr().out
 
 

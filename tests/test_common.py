@@ -88,7 +88,10 @@ def test_a_second_sigterm_does_not_disturb_the_ending(capsys):
 
 
 def test_out_of_memory_by_any_name():
-    for said in ("not enough memory: you tried", "CUBLAS_STATUS_ALLOC_FAILED when"):
+    for said in (
+        *("not enough memory: you tried", "can't allocate memory: you tried"),
+        *("CUBLAS_STATUS_ALLOC_FAILED when", "CUBLAS_STATUS_NOT_INITIALIZED when"),
+    ):
         assert common.is_out_of_memory(RuntimeError(said))
 
 

@@ -36,12 +36,16 @@ def files(train=4, test=2):
     }
 
 
+def add(archive, members):
+    for name, blob in members.items():
+        info = tarfile.TarInfo(name)
+        info.size = len(blob)
+        archive.addfile(info, io.BytesIO(blob))
+
+
 def write_tar(path, members, mode="w"):
     with tarfile.open(path, mode) as archive:
-        for name, blob in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(blob)
-            archive.addfile(info, io.BytesIO(blob))
+        add(archive, members)
     return path
 
 

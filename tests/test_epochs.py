@@ -68,6 +68,13 @@ def test_some_thousand_images_are_augmented_at_once_on_a_gpu():
     assert epochs.batches_at_once(256, torch.device("cpu")) == 1
 
 
+def test_how_many_at_once_follows_from_a_process_own_share(dataset, monkeypatch):
+    monkeypatch.setattr(epochs.ranks, "count", lambda: 4)
+    monkeypatch.setattr(epochs, "batches_at_once", several := Mock(return_value=3))
+    assert [len(labels) for _, labels in epoch(dataset)] == [2] * 7
+    several.assert_called_once_with(2, torch.device("cpu"))
+
+
 COLOURS = ["--rgb-shift", "9", "9", "9", "--rgb-shift-p", "1", "--fill", "9"]
 COLOURS += ["--contrast", "0.2", "--brightness-contrast-p", "1"]
 

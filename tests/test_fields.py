@@ -144,12 +144,12 @@ class SqueezeExcitation(nn.Module):
         return x * self.gate(self.pool(x))
 
 
-@pytest.mark.parametrize(("kernel", "expected"), [(3, 32), (9, 32)])
-def test_a_gate_sees_the_whole_image(kernel, expected):
-    net = nn.Sequential(conv(3, 3, kernel), SqueezeExcitation(3), conv(3, 3, 3))
-    assert receptive_field(net) == expected
-    assert measured(trace(net).features, 32) == (expected, expected)
-    assert trace(net, (3, 32, 48)).receptive_field == (32, 48)
+def test_a_gate_sees_the_whole_image():
+    for kernel in (3, 9):
+        net = nn.Sequential(conv(3, 3, kernel), SqueezeExcitation(3), conv(3, 3, 3))
+        assert receptive_field(net) == 32
+        assert measured(trace(net).features, 32) == (32, 32)
+        assert trace(net, (3, 32, 48)).receptive_field == (32, 48)
     assert receptive_field(nn.Sequential(nn.Conv2d(3, 3, 3, 3), SqueezeExcitation(3))) == 30
     wide = nn.Sequential(conv(3, 3, 41), SqueezeExcitation(3), conv(3, 3, 3))
     assert receptive_field(wide) == 43  # here the central output's own window is larger

@@ -46,7 +46,7 @@ def test_help_and_readme_name_every_flag(capsys):
     assert "SGD's peak; Muon's: 1/10 (default: 0.4)" in printed
     rows = re.findall(r"^\| (`--.*) \|", (ROOT / "README.md").read_text(), re.MULTILINE)
     for name in vars(flags.parse_flags([])):
-        option = "--" + name.replace("_", "-")
+        option = flags.option(name)
         assert f" {option} " in printed
         assert re.search(f"{option}[ `]", " ".join(rows))
 

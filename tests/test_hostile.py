@@ -15,14 +15,15 @@ from contextlib import suppress
 
 import pytest
 import torch
-from test_data import files, png, write_tar
+from PIL import PngImagePlugin
+from test_data import add, files, png, write_tar
 from torch.utils._pytree import tree_leaves
 
 import checkpoint
 import image_files
 import train
 from common import UserError
-from flags import make_parser
+from flags import make_parser, option
 from model import build
 
 MEMBERS = files(train=6, test=3)
@@ -33,10 +34,7 @@ PACKERS = {"tar": bytes, "tar.gz": gzip.compress, "tar.xz": lzma.compress}
 def archive(members, *others):
     file = io.BytesIO()
     with tarfile.open(fileobj=file, mode="w") as tar:
-        for name, blob in members.items():
-            info = tarfile.TarInfo(name)
-            info.size = len(blob)
-            tar.addfile(info, io.BytesIO(blob))
+        add(tar, members)
         for info in others:
             tar.addfile(info)
     return file.getvalue()
@@ -144,26 +142,18 @@ def test_archives(tmp_path, monkeypatch, capsys, loaded, start):
     assert refused >= 10
 
 
-def chunk(kind, content):
-    return (
-        struct.pack(">I", len(content))
-        + kind
-        + content
-        + struct.pack(">I", zlib.crc32(kind + content))
-    )
-
-
 def png_of(width, height, pixels, *extra):
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    parts = [chunk(b"IHDR", header), *extra, chunk(b"IDAT", zlib.compress(pixels))]
-    return b"\x89PNG\r\n\x1a\n" + b"".join([*parts, chunk(b"IEND", b"")])
+    file, header = io.BytesIO(), struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    for part in ((b"IHDR", header), *extra, (b"IDAT", zlib.compress(pixels)), (b"IEND", b"")):
+        PngImagePlugin.putchunk(file, *part)
+    return b"\x89PNG\r\n\x1a\n" + file.getvalue()
 
 
 ROWS = (b"\0" + b"\1\2\3" * 32) * 32
 
 
 def with_a_bomb(kind):
-    return png_of(32, 32, ROWS, chunk(kind, b"a\0\0" + zlib.compress(b"a" * 10**8)))
+    return png_of(32, 32, ROWS, (kind, b"a\0\0" + zlib.compress(b"a" * 10**8)))
 
 
 BOMBS = {  # built only where they are used
@@ -171,9 +161,6 @@ BOMBS = {  # built only where they are used
     "too many pixels": lambda: png_of(32, 32, b"\0" * 200_000_000),
     "text bomb": lambda: with_a_bomb(b"zTXt"),
     "profile bomb": lambda: with_a_bomb(b"iCCP"),
-    "no image": lambda: b"GIF89a" + b"\0" * 100,
-    "large file": lambda: png((1, 2, 3)) + b"\0" * image_files.MAX_FILE_BYTES,
-    "empty": lambda: b"",
 }
 
 
@@ -268,7 +255,7 @@ def test_what_has_no_end(tmp_path, capsys):
 
 def test_flag_values(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    flags = ["--" + name.replace("_", "-") for name in vars(make_parser().parse_args([]))]
+    flags = [option(name) for name in vars(make_parser().parse_args([]))]
     for flag in flags:
         any_text = flag in ("--data", "--data-dir", "--out", "--resume")
         for value in ("", "nan", "-1", "1e999", "\0", "ä" * 300, "[]"):

@@ -5,7 +5,7 @@ import signal
 import time
 
 import pytest
-from processes import start
+from processes import exit_codes, start
 from test_data import files, write_tar
 from test_main_job import timeless
 
@@ -14,6 +14,7 @@ import checkpoint
 RUN = ["--device", "cpu", "--batch-size", "20", "--epochs", "4", "--lr", "0.1", "--dropout", "0.2"]
 RUN += ["--net", "net136k", "--rgb-shift", "9", "9", "9", "--rgb-shift-p", "0.5"]
 RUN += ["--eager"]  # changes nothing on a CPU, but is a switch to resume with
+SLOW = pytest.mark.slow
 
 
 def outcome(folder):
@@ -36,55 +37,30 @@ def whole(tmp_path_factory, run):
     folder = tmp_path_factory.mktemp("whole")
     for name in ("first", "second"):
         begin = time.monotonic()
-        process = start([*run, "--out", folder / name])
-        process.join()
-        assert process.exitcode == 0
+        assert exit_codes([start([*run, "--out", folder / name])]) == [0]
     return outcome(folder / "second"), time.monotonic() - begin
 
 
 def finish(run, folder):
     begun = (folder / "config.json").exists()
-    process = start(["--resume", folder] if begun else [*run, "--out", folder])
-    process.join()
-    assert process.exitcode == 0
+    assert exit_codes([start(["--resume", folder] if begun else [*run, "--out", folder])]) == [0]
     return outcome(folder)
 
 
-def kill_and_resume(run, whole, folder, seed):
+@pytest.mark.parametrize("seed", [9, 5, *(pytest.param(s, marks=SLOW) for s in range(10, 24))])
+def test_killed_at_a_random_moment(run, whole, tmp_path, seed):
     expected, seconds = whole
-    chance = random.Random(seed)
-    process = start([*run, "--out", folder])
-    process.join(chance.uniform(0, seconds))
+    process = start([*run, "--out", tmp_path / "run"])
+    process.join(random.Random(seed).uniform(0, seconds))
     process.kill()
     process.join()
-    assert finish(run, folder) == expected
+    assert finish(run, tmp_path / "run") == expected
 
 
-def tear_and_resume(run, whole, folder, seed):
+@pytest.mark.parametrize("seed", [3, *(pytest.param(s, marks=SLOW) for s in range(30, 38))])
+def test_killed_within_a_checkpoint(run, whole, tmp_path, seed):
     chance = random.Random(seed)
     torn = chance.randint(1, 5), chance.random()  # of four checkpoints, then the net
-    process = start([*run, "--out", folder], torn_write=torn)
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
-    assert finish(run, folder) == whole[0]
-
-
-@pytest.mark.parametrize("seed", [9, 5])
-def test_killed_at_a_random_moment(run, whole, tmp_path, seed):
-    kill_and_resume(run, whole, tmp_path / "run", seed)
-
-
-def test_killed_within_a_checkpoint(run, whole, tmp_path):
-    tear_and_resume(run, whole, tmp_path / "run", 3)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(10, 24))
-def test_killed_at_many_moments(run, whole, tmp_path, seed):
-    kill_and_resume(run, whole, tmp_path / "run", seed)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("seed", range(30, 38))
-def test_killed_within_many_checkpoints(run, whole, tmp_path, seed):
-    tear_and_resume(run, whole, tmp_path / "run", seed)
+    killed = start([*run, "--out", tmp_path / "run"], torn_write=torn)
+    assert exit_codes([killed]) == [-signal.SIGKILL]
+    assert finish(run, tmp_path / "run") == whole[0]

@@ -25,29 +25,25 @@ NOTHING = Policy(flip_p=0, affine_p=0, cutout_p=0)
 
 def test_what_the_net_sees():
     dataset = data.load("synthetic", None, CPU, train_images=50)
-    plain = step.prepared(dataset.train_images, NOTHING, dataset.mean, dataset.std)
+
+    def seen(policy):
+        return step.prepared(dataset.train_images, policy, dataset.mean, dataset.std)
+
     normal = data.normalize(dataset.train_images, dataset.mean, dataset.std)
-    assert torch.equal(plain, normal)
-    hole = replace(NOTHING, cutout_p=1)
-    cut = step.prepared(dataset.train_images, hole, dataset.mean, dataset.std)
+    assert torch.equal(seen(NOTHING), normal)
+    cut = seen(replace(NOTHING, cutout_p=1))
     assert ((cut == 0).all(1).flatten(1).sum(1) >= 16 * 16).all()  # the mean colour
-    grey = replace(NOTHING, cutout_p=1, fill=100)
-    cut = step.prepared(dataset.train_images, grey, dataset.mean, dataset.std)
+    cut = seen(replace(NOTHING, cutout_p=1, fill=100))
     level = cut * dataset.std.view(-1, 1, 1) + dataset.mean.view(-1, 1, 1)
     assert ((level - 100).abs() < 1e-3).all(1).flatten(1).sum(1).min() >= 16 * 16
-    bright = replace(NOTHING, brightness=0.5, brightness_contrast_p=1)
-    lit = step.prepared(dataset.train_images, bright, dataset.mean, dataset.std)
+    lit = seen(replace(NOTHING, brightness=0.5, brightness_contrast_p=1))
     assert (lit != normal).flatten(1).any(1).float().mean() > 0.9
-    tinted = replace(NOTHING, rgb_shift=(90, 90, 90), rgb_shift_p=1)
-    shifted = step.prepared(dataset.train_images, tinted, dataset.mean, dataset.std)
-    assert (shifted != normal).flatten(1).any(1).float().mean() > 0.9
+    tinted = seen(replace(NOTHING, rgb_shift=(90, 90, 90), rgb_shift_p=1))
+    assert (tinted != normal).flatten(1).any(1).float().mean() > 0.9
     moved = Policy(flip_p=0, affine_p=1, shift=0, scale=0, rotate=45, cutout_p=0, border="constant")
-    corners = step.prepared(dataset.train_images, moved, dataset.mean, dataset.std)[..., 0, 0]
+    corners = seen(moved)[..., 0, 0]
     assert (corners.abs() < 1e-5).all(1).float().mean() > 0.5  # outside: the mean colour
-    one, other = (
-        step.prepared(dataset.train_images, Policy(), dataset.mean, dataset.std) for _ in range(2)
-    )
-    assert not torch.equal(one, other)
+    assert not torch.equal(seen(Policy()), seen(Policy()))
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -65,7 +61,7 @@ def test_label_smoothing_counts():
     nn.init.zeros_(net[1].weight)
     optimizer, scaler = torch.optim.SGD(net.parameters(), 0), torch.amp.GradScaler(enabled=False)
     images, labels = torch.randn(8, 3, 32, 32), torch.zeros(8, dtype=torch.int64)
-    loss, _, _ = step.train_step(net, optimizer, scaler, images, labels, "fp32", 0.2)
+    loss, _, _ = step.train_step(net, optimizer, scaler, images, labels, "fp32", 0.2, 0.0)
     log_p = net[1].bias.log_softmax(0)
     torch.testing.assert_close(loss, -0.8 * log_p[0] - 0.2 * log_p.mean())
 
@@ -216,7 +212,7 @@ def test_a_step_on_one_gpu_is_a_graph(given, processes, graph, monkeypatch):
     monkeypatch.setattr(step.ranks, "count", lambda: processes)
     dataset = replace(data.load("synthetic", None, CPU, 32), train_images=MagicMock(is_cuda=True))
     args = flags.parse_flags(given)
-    made = step.make_step(make_training(build("net136k", 10), args, CPU, 1), dataset, args)
+    made = step.make_step(make_training(build("net136k", 10), args, CPU, 1), dataset, args, 0.0)
     assert (made == "graph") is graph
 
 

@@ -106,12 +106,7 @@ def test_a_recipe_sets_what_was_published_and_flags_win():
 @pytest.mark.parametrize("name", KNOWN)
 def test_a_recipe_is_within_the_flags_own_bounds(name):
     """Every published value is accepted as a flag and parsed to what the recipe has."""
-    argv = []
-    for flag, value in zoo.RECIPES[name].flags.items():
-        argv += [
-            "--" + flag.replace("_", "-"),
-            *map(str, value if isinstance(value, list) else [value]),
-        ]
+    argv = flags.spelled(zoo.RECIPES[name].flags)
     given, by_recipe = (vars(flags.parse_flags(a)) for a in (argv, ["--recipe", name]))
     assert given | {"recipe": name} == by_recipe
 
