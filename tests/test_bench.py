@@ -66,6 +66,7 @@ def result(folder, name):
     (path,) = (folder / "results").glob(f"{name}-cpu-*.json")
     content = json.loads(path.read_text())
     assert content["device"].startswith("CPU")
+    assert re.match(r"python bench\.py \w+ .*--device cpu", content["command"])
     assert content["versions"]["torch"]
     return content
 

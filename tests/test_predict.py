@@ -209,7 +209,9 @@ def test_what_decodes_to_too_much_is_skipped(run, tmp_path, capsys, monkeypatch,
 
 def test_text_is_aligned_and_printed_batch_by_batch(run, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(predict, "BATCH", 2)
-    names = [save(tmp_path / f"{'x' * k}.png", (9, 250, 9)) for k in range(1, 6)]
+    colours = {"red": (250, 9, 9), "green": (9, 250, 9)}
+    best = ["red", "green", "green", "red", "green"]
+    names = [save(tmp_path / f"{'x' * k}.png", colours[name]) for k, name in enumerate(best, 1)]
     real, printed = predict.readable, []
 
     def watched(*arguments):
@@ -224,7 +226,7 @@ def test_text_is_aligned_and_printed_batch_by_batch(run, tmp_path, capsys, monke
     lines = "".join(printed).splitlines()
     assert [line.split()[-1] for line in lines] == names
     assert len({len(line) - len(name) for line, name in zip(lines, names, strict=True)}) == 1
-    assert all(line.split()[0] == "green" for line in lines)
+    assert [line.split()[0] for line in lines] == best
     assert all(line.count("%") == 2 for line in lines)
 
 
