@@ -61,22 +61,26 @@ def rates(
 
 def phase_seconds(phases: Phases, device: torch.device, rounds: int) -> dict[str, float]:
     """Median seconds per image of each phase of a step, run in turn; on a GPU, where launching its
-    kernels one by one would take longer, each as a CUDA graph."""
+    kernels one by one would take longer, each as a CUDA graph, launched before its turn comes."""
     jobs = [job for job, _ in phases.values()]
     if device.type == "cuda":
         jobs = _captured(jobs)
     for job in jobs:
         job()
-    marks = [_mark(device)]
+    every = []
     for _ in range(rounds):
+        if device.type == "cuda":
+            torch.cuda._sleep(10**7)  # cycles: some milliseconds, in which all jobs are launched
+        marks = [_mark(device)]
         for job in jobs:
             job()
             marks.append(_mark(device))
+        every.append(marks)
     _synchronize(device)
-    taken = [_between(*pair) for pair in pairwise(marks)]
+    taken = zip(*([_between(*pair) for pair in pairwise(marks)] for marks in every), strict=True)
     return {
-        name: statistics.median(taken[number :: len(phases)]) / images
-        for number, (name, (_, images)) in enumerate(phases.items())
+        name: statistics.median(seconds) / images
+        for (name, (_, images)), seconds in zip(phases.items(), taken, strict=True)
     }
 
 
