@@ -35,7 +35,7 @@ def load(path: Path) -> dict[str, Any]:
     except Exception as error:  # a damaged file can fail in any way
         raise UserError(
             f"{path} is not a valid atrous checkpoint: {first_line(error)}; "
-            "if a run's is damaged, train again in another --out"
+            "if it is a run's own, train that again in another --out"
         ) from error
     if not isinstance(content, dict) or not isinstance(content.get("format"), int):
         raise UserError(f"{path} is not an atrous checkpoint")
