@@ -2,6 +2,7 @@
 that they hold."""
 
 import json
+import math
 import shlex
 from collections.abc import Callable
 from pathlib import Path
@@ -107,8 +108,9 @@ def load_summary(run: Path) -> dict[str, Any]:
 
     def parse(file: BinaryIO) -> dict[str, Any]:
         summary = dict(json.load(file))
-        if missing := {"final_accuracy", "versions"} - summary.keys():  # its first and last parts
+        if missing := {"final_accuracy", "data", "tested_on", "versions"} - summary.keys():
             raise ValueError(f"{min(missing)} is missing")
+        _check_numbers(summary, "final_accuracy")
         return summary
 
     return _read(run / "summary.json", parse)
@@ -116,13 +118,35 @@ def load_summary(run: Path) -> dict[str, Any]:
 
 def load_history(run: Path) -> list[dict[str, Any]]:
     """The epochs of the run in a folder. Raises UserError if they are missing or damaged."""
-    return _read(run / "metrics.jsonl", lambda file: [dict(json.loads(line)) for line in file])
+
+    def parse(file: BinaryIO) -> list[dict[str, Any]]:
+        history = [dict(json.loads(line)) for line in file]
+        for line in history:
+            _check_numbers(line, "epoch", "lr", "train_loss", "train_accuracy", "test_loss")
+            _check_numbers(line, "test_accuracy", "seconds")
+        if not history:
+            raise ValueError("it is empty")
+        return history
+
+    return _read(run / "metrics.jsonl", parse)
 
 
 def load_predictions(run: Path) -> np.ndarray:
     """The test logits float32 (N, classes) of the run in a folder. Raises UserError if they are
     missing or damaged."""
     return _read(run / "predictions.npy", np.lib.format.read_array)
+
+
+def runs_in(folder: Path) -> list[Path]:
+    """A run's own folder, or the folders of --repeat's runs in it, in the order of their seeds."""
+    seeds = [run for run in folder.glob("s*") if run.name[1:].isdecimal()]
+    return sorted(seeds, key=lambda run: int(run.name[1:])) or [folder]
+
+
+def _check_numbers(values: dict[str, Any], *names: str) -> None:
+    for name in names:
+        if not math.isfinite(values[name]):
+            raise ValueError(f"{name} is {values[name]}")
 
 
 def _read(path: Path, parse: Callable[[BinaryIO], T]) -> T:
@@ -144,8 +168,8 @@ def _missing(path: Path) -> UserError:
     run = path.parent
     if run.is_file():
         return UserError(f"{run} is a file; give its run folder instead: {run.parent}")
-    if seeds := sorted(run.glob("s[0-9]*")):
-        return UserError(f"{path} does not exist; give one of --repeat's runs, such as {seeds[0]}")
+    if (seed := runs_in(run)[0]) != run:
+        return UserError(f"{path} does not exist; give one of --repeat's runs, such as {seed}")
     if (run / "config.json").exists() and not (run / "summary.json").exists():
         way = going_on(run, "it")
         return UserError(f"{path} does not exist because the run has not finished: train.py {way}")

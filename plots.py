@@ -1,4 +1,4 @@
-"""The pictures of a run, and of several runs side by side.
+"""The pictures of a run, and of runs compared.
 
 python plots.py RUN [RUN…] [--images 3 17 …]
 """
@@ -165,21 +165,33 @@ def per_class(path: Path, labels: np.ndarray, logits: np.ndarray, classes: list[
     _save(figure, path)
 
 
-def comparison(path: Path, histories: dict[str, list[dict[str, Any]]]) -> None:
-    """Test accuracy of several runs, from the lines of their `metrics.jsonl`."""
-    figure = Figure(figsize=(10, 3.8), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True)
-    for index, (name, history) in enumerate(histories.items()):
-        accuracies = [100 * line["test_accuracy"] for line in history]
-        style = {"color": OKABE_ITO[index % 7], "linestyle": ("-", "--", ":")[index // 7 % 3]}
-        style |= {"marker": "o" if len(history) == 1 else None}
-        left.plot([line["epoch"] for line in history], accuracies, label=name, **style)
-        right.plot(np.cumsum([line["seconds"] for line in history]), accuracies, **style)
+def comparison(path: Path, histories: dict[str, list[list[dict[str, Any]]]]) -> None:
+    """Test accuracy of several trainings, each several seeds' lines of `metrics.jsonl`: its mean
+    and range over epochs and seconds, and each seed's in the last epoch."""
+    figure = Figure(figsize=(12, 3.8), layout="constrained")
+    left, middle, right = figure.subplots(1, 3, width_ratios=(3, 3, 2))
+    for index, seeds in enumerate(histories.values()):
+        epochs = list(zip(*seeds, strict=False))
+        accuracies = np.array([[100 * line["test_accuracy"] for line in each] for each in epochs])
+        seconds = np.cumsum([np.mean([line["seconds"] for line in each]) for each in epochs])
+        colour = OKABE_ITO[index % 7]
+        style = {"color": colour, "linestyle": ("-", "--", ":")[index // 7 % 3]}
+        marker = "o" if len(epochs) == 1 else None
+        for axes, places in ((left, [line["epoch"] for line, *_ in epochs]), (middle, seconds)):
+            axes.plot(places, accuracies.mean(1), marker=marker, **style)
+            ends = accuracies.min(1), accuracies.max(1)
+            axes.fill_between(places, *ends, color=colour, alpha=0.2, linewidth=0)
+        right.axhline(index, **style, alpha=0.4)  # the curves' legend
+        right.plot(accuracies[-1], [index] * len(seeds), "o", color=colour, alpha=0.6)
+        right.plot(accuracies[-1].mean(), index, "|", color=colour, markersize=16)
     left.set_xlabel("epoch")
     left.set_ylabel("test accuracy, %")
     left.xaxis.get_major_locator().set_params(integer=True)
-    right.set_xlabel("seconds of training, without evaluation")
-    left.legend(loc="lower right", fontsize=7)
+    middle.set_xlabel("seconds of training, without evaluation")
+    right.set_xlabel("test accuracy in the last epoch, %")
+    right.set_yticks(range(len(histories)), histories)
+    right.grid(axis="y", visible=False)
+    right.set_ylim(len(histories) - 0.5, -0.5)
     _save(figure, path)
 
 
@@ -276,8 +288,8 @@ def over_image(maps: Tensor, fields: Fields) -> Tensor:
     return F.grid_sample(maps, grid, padding_mode="border", align_corners=False).squeeze(1)
 
 
-def redraw(run: Path, numbers: list[int] | None) -> list[dict[str, Any]]:
-    """Draw a run's pictures again from its files. Returns its history."""
+def redraw(run: Path, numbers: list[int] | None) -> None:
+    """Draw a run's pictures again from its files."""
     dataset = checkpoint.load_data(run)
     count = len(dataset.test_images)
     numbers = list(range(0, count, -(-count // 6))) if numbers is None else numbers
@@ -293,39 +305,21 @@ def redraw(run: Path, numbers: list[int] | None) -> list[dict[str, Any]]:
         raise UserError(
             f"{run / 'predictions.npy'} does not match {dataset.name}'s {count:,} test images"
         )
-    try:
-        draw_run(run, checkpoint.load_config(run)["flags"], dataset, logits, history)
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{run / 'metrics.jsonl'} is damaged: {error!r}") from error
+    draw_run(run, checkpoint.load_config(run)["flags"], dataset, logits, history)
     grad_cam(run / "grad_cam.png", grad_cam_panels(run, dataset, numbers))
-    return history
 
 
 @with_exit_status
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="plots.py", description="Redraw runs' pictures and compare runs.")
+    parser = Parser(prog="plots.py", description="Draw runs' pictures again.")
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders")
     parser.add_argument(
         "--images", type=int, nargs="+", help="test image numbers for Grad-CAM; after RUN"
     )
-    parser.add_argument("--out", type=Path, help="comparison picture (default: comparison.png)")
     args = parser.parse_args(argv)
-    out = args.out or Path("comparison.png")
-    if out.suffix not in KINDS:
-        raise UserError(f"--out {out}: the file name must end in {', '.join(KINDS)}")
-    histories = {}
-    for run in dict.fromkeys(args.runs):
-        histories[named(run)] = redraw(run, args.images)
+    for run in args.runs:
+        redraw(run, args.images)
         print(f"drawn: {run}/*.png")
-    if len(histories) > 1 or args.out:
-        comparison(out, histories)
-        print(f"drawn: {out}")
-
-
-def named(run: Path) -> str:
-    """A run's label in `comparison`, which says so if it was tested on held-out images."""
-    holdout = checkpoint.load_config(run)["flags"].get("holdout")
-    return f"{run}, {holdout:,} held-out images" if holdout else str(run)
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -124,8 +124,10 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(path: Path, rows: list[dict[str, Any]], args: Namespace) -> None:
-    """Test accuracy against epochs and seconds, of the first seed of each row."""
+    """Test accuracy of each row against epochs and seconds."""
     import plots
 
-    first = {row["name"]: seed_folder(args, row["name"], 0) for row in rows}
-    plots.comparison(path, {name: checkpoint.load_history(run) for name, run in first.items()})
+    names, seeds = [row["name"] for row in rows], range(args.repeat)
+    folders = {name: [seed_folder(args, name, seed) for seed in seeds] for name in names}
+    histories = {name: [*map(checkpoint.load_history, runs)] for name, runs in folders.items()}
+    plots.comparison(path, histories)

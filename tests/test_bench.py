@@ -274,7 +274,8 @@ def test_lengths(arguments, tmp_path, monkeypatch):
     rows = result(tmp_path, "lengths")["lengths"]
     assert [row["epochs"] for row in rows] == [1, 2]
     assert [len(row["runs"]) for row in rows] == [1, 1]
-    assert [len(history) for history in drawn.call_args.args[1].values()] == [1, 2]
+    histories = drawn.call_args.args[1].values()
+    assert [[len(seed) for seed in seeds] for seeds in histories] == [[1], [2]]
     (picture,) = (tmp_path / "results").glob("lengths-*.png")
     assert picture.stat().st_size > 10_000
 

@@ -1,5 +1,4 @@
 import json
-from pathlib import Path
 from unittest.mock import create_autospec
 
 import numpy as np
@@ -198,32 +197,32 @@ def test_a_run_is_drawn_again(run, monkeypatch):
     assert titles == [plain, f"{plain}; test: 5,000 held-out training images"]
     for name in ("curves", "confusion", "mistakes", "classes", "grad_cam"):
         assert is_picture(run / f"{name}.png"), name
-    assert not (run.parent / "comparison.png").exists()
 
 
-def test_runs_side_by_side(run, tmp_path, monkeypatch):
-    plot = spy_on(monkeypatch, Axes, "plot")
-    plots.comparison(tmp_path / "c.png", {"one": checkpoint.load_history(run)})
-    seen = [(list(x), y) for (_, x, y), _ in plot.call_args_list]
-    assert seen == [([1, 1], [60, 60]), ([2, 4], [60, 60])]  # epochs, and summed seconds
-    monkeypatch.undo()
-    monkeypatch.setattr(plots, "redraw", lambda run, _: checkpoint.load_history(run))
-    monkeypatch.chdir(tmp_path)
-    assert plots.main([str(run), f"{run}/"]) == 0
-    assert not Path("comparison.png").exists()  # both are the same run
-    assert plots.main([str(run), "--out", "alone.png"]) == 0
-    assert is_picture(Path("alone.png"))
-    assert plots.main([str(run), "--out", "alone.pdf"]) == 0
-    assert Path("alone.pdf").read_bytes().startswith(b"%PDF")
-    other = tmp_path / "other"
-    other.mkdir()
-    (other / "metrics.jsonl").write_bytes((run / "metrics.jsonl").read_bytes())
-    (other / "config.json").write_text('{"flags": {"holdout": 5000}}')
-    names, comparison = [], plots.comparison
-    monkeypatch.setattr(plots, "comparison", lambda *of: names.extend(of[1]) or comparison(*of))
-    assert plots.main([str(run), str(other)]) == 0
-    assert names == [str(run), f"{other}, 5,000 held-out images"]
-    assert is_picture(Path("comparison.png"))
+def test_runs_compared(tmp_path, monkeypatch):
+    plot, fill, set_yticks = (
+        spy_on(monkeypatch, Axes, name) for name in ("plot", "fill_between", "set_yticks")
+    )
+    line = LINE | {"epoch": 1, "seconds": 2.0}
+    first = [line, line | {"epoch": 2, "seconds": 4.0, "test_accuracy": 0.8}]
+    other = [line, line | {"epoch": 2, "test_accuracy": 0.9}, line | {"epoch": 3}]  # goes on
+    plots.comparison(tmp_path / "c.png", {"two": [first, other], "one": [[line]]})
+
+    def given(call):
+        return [
+            np.atleast_1d(x).round(9).tolist() for x in call.args[1:4] if not isinstance(x, str)
+        ]
+
+    mean, low, high = [60, 85], [60, 80], [60, 90]
+    of_two = [[[1, 2], mean], [[2, 5], mean], [[80, 90], [0, 0]], [[85], [0]]]
+    of_one = [[[1], [60]], [[2], [60]], [[60], [1]], [[60], [1]]]
+    assert [given(call) for call in plot.call_args_list] == of_two + of_one
+    assert [given(call) for call in fill.call_args_list[:2]] == [
+        [[1, 2], low, high],
+        [[2, 5], low, high],
+    ]
+    assert list(set_yticks.call_args.args[2]) == ["two", "one"]
+    assert is_picture(tmp_path / "c.png")
 
 
 def test_mistakes_of_the_user_are_one_line(run, capsys):
@@ -233,12 +232,12 @@ def test_mistakes_of_the_user_are_one_line(run, capsys):
         return line
 
     assert "--images 60: synthetic has 60 test images" in error(run, "--images", "60")
-    assert "--out a.gif: the file name must end in .png" in error(run, "--out", "a.gif")
     assert "one picture shows 100 at most" in error(run, "--images", *range(50), *range(51))
     metrics = (run / "metrics.jsonl").read_text()
     for text in ("{}\n", metrics.replace("test_accuracy", "accuracy"), '{"epoch": "x"}\n'):
         (run / "metrics.jsonl").write_text(text)
         assert "metrics.jsonl is damaged" in error(run)
+    (run / "metrics.jsonl").write_text(metrics)
     for shape in ((3, 10), (60,), (60, 9), ()):
         np.save(run / "predictions.npy", np.zeros(shape))
         assert "predictions.npy does not match" in error(run)

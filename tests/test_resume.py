@@ -310,7 +310,7 @@ def test_seeds_that_were_interrupted(tmp_path, monkeypatch, capsys, no_pictures)
     (call,) = asked.call_args_list
     assert call.args[0] == chosen  # all seeds have the same, on another device too
     assert (folder / "s0/metrics.jsonl").read_text() == before
-    both = [checkpoint.load_summary(each) for each in (whole, folder)]
+    both = [json.loads((each / "summary.json").read_text()) for each in (whole, folder)]
     assert both[0]["final_accuracy"] == both[1]["final_accuracy"]
     assert both[1]["seeds"] == [0, 1, 2]
     commands = {checkpoint.load_summary(folder / seed)["command"] for seed in ("s0", "s1", "s2")}

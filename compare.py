@@ -1,0 +1,78 @@
+"""Compare runs: whether their test accuracies differ beyond chance, and their curves.
+
+python compare.py RUN RUN… [--out comparison.png]
+"""
+
+import math
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+import checkpoint
+import plots
+from common import Parser, UserError, with_exit_status
+
+
+def half_widths(groups: list[list[float]]) -> list[float | None]:
+    """Half the width of the 95 % confidence interval of each group's mean less the first's, by
+    Student's t with one variance for all groups; None if none has two values to tell it."""
+    from scipy.stats import t
+
+    freedom = sum(len(group) - 1 for group in groups)
+    if not freedom:
+        return [None] * len(groups)
+    squares = sum((x - statistics.fmean(group)) ** 2 for group in groups for x in group)
+    width = float(t.ppf(0.975, freedom)) * math.sqrt(squares / freedom)
+    return [width * math.sqrt(1 / len(groups[0]) + 1 / len(group)) for group in groups]
+
+
+def table(accuracies: dict[str, list[float]]) -> str:
+    """A line for each name: its number of seeds, their mean, in percent, with its standard
+    deviation, and the change from the first name's, in points."""
+    width, groups = max(map(len, accuracies)), list(accuracies.values())
+    lines = [f"{'':<{width}} seeds {'accuracy, %':<13}   change, 95 % interval"]
+    for (name, group), half in zip(accuracies.items(), half_widths(groups), strict=True):
+        spread = f" ± {100 * statistics.stdev(group):.2f}" if len(group) > 1 else ""
+        line = f"{name:<{width}} {len(group):5d} {100 * statistics.fmean(group):6.2f}{spread:<7}"
+        if group is not groups[0]:
+            change = statistics.fmean(group) - statistics.fmean(groups[0])
+            line += f"   {100 * change:+6.2f}"
+            if half is not None:
+                verdict = "within chance" if abs(change) <= half else "beyond chance"
+                line += f" ± {100 * half:.2f}, {verdict}"
+        lines.append(line.rstrip())
+    return "\n".join(lines)
+
+
+def refuse_other_images(summaries: dict[str, list[dict[str, Any]]]) -> None:
+    known: dict[str, str] = {}
+    for name, runs in summaries.items():
+        for run in runs:
+            known.setdefault(f"{run['data']}, {run['tested_on']}", name)
+    if len(known) > 1:
+        (images, name), (others, other), *_ = known.items()
+        raise UserError(f"{name} was tested on {images}, {other} on {others}: give runs alike")
+
+
+@with_exit_status
+def main(argv: list[str]) -> None:
+    parser = Parser(prog="compare.py", description="Compare runs with the first one.")
+    parser.add_argument(
+        "runs", metavar="RUN", nargs="+", type=Path, help="a run's folder, or --repeat's"
+    )
+    parser.add_argument("--out", type=Path, default="comparison.png", help="the curves' file")
+    args = parser.parse_args(argv)
+    if args.out.suffix not in plots.KINDS:
+        raise UserError(f"--out {args.out}: the file name must end in {', '.join(plots.KINDS)}")
+    runs = {str(folder): checkpoint.runs_in(folder) for folder in args.runs}
+    summaries = {name: [checkpoint.load_summary(run) for run in runs[name]] for name in runs}
+    histories = {name: [checkpoint.load_history(run) for run in runs[name]] for name in runs}
+    refuse_other_images(summaries)
+    print(table({name: [run["final_accuracy"] for run in summaries[name]] for name in runs}))
+    plots.comparison(args.out, histories)
+    print(f"drawn: {args.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

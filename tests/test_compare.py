@@ -1,0 +1,99 @@
+import json
+from pathlib import Path
+
+import pytest
+from scipy.stats import ttest_ind
+
+import compare
+import plots
+
+LINE = dict.fromkeys(("lr", "train_loss", "train_accuracy", "test_loss"), 0.5)
+
+
+def write_run(folder, accuracy, **facts):
+    folder.mkdir(parents=True)
+    summary = {"final_accuracy": accuracy, "data": "cars", "tested_on": "test split"} | facts
+    (folder / "summary.json").write_text(json.dumps(summary | {"versions": {}}))
+    lines = [{"epoch": k + 1, "test_accuracy": accuracy, "seconds": 2, **LINE} for k in range(3)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for seed, accuracy in ((0, 0.9), (10, 0.92), (9, 0.91)):
+        write_run(Path(f"still/s{seed}"), accuracy)
+    for seed, accuracy in ((0, 0.93), (1, 0.95)):
+        write_run(Path(f"moved/s{seed}"), accuracy)
+    write_run(Path("alone"), 0.9101)
+    return ["still", "moved", "alone"]
+
+
+def test_the_interval_is_that_of_a_t_test():
+    first, other = [0.9, 0.91, 0.92], [0.93, 0.95]
+    low, high = ttest_ind(other, first).confidence_interval()
+    assert compare.half_widths([first, other])[1] == pytest.approx((high - low) / 2)
+    every = compare.half_widths([[0, 2], [1, 1], [5]])  # a standard deviation of 1, known twice
+    assert every == pytest.approx([4.3027, 4.3027, 4.3027 * 1.5**0.5], rel=1e-4)
+    assert compare.half_widths([[0.9], [0.91]]) == [None, None]
+
+
+def test_runs_and_repeated_runs_side_by_side(folders, monkeypatch, capsys):
+    drawn, comparison = {}, plots.comparison
+    monkeypatch.setattr(plots, "comparison", lambda *of: drawn.update(of[1]) or comparison(*of))
+    assert compare.main(folders) == 0
+    heading, *lines, last = capsys.readouterr().out.splitlines()
+    assert [line.split() for line in lines] == [
+        ["still", "3", "91.00", "±", "1.00"],
+        ["moved", "2", "94.00", "±", "1.41", "+3.00", "±", "3.35,", "within", "chance"],
+        ["alone", "1", "91.01", "+0.01", "±", "4.24,", "within", "chance"],
+    ]
+    assert heading.index("change") <= lines[1].index("+3.00") < len(heading) <= 80
+    assert last == "drawn: comparison.png"
+    shown = {
+        name: [[line["test_accuracy"] for line in history] for history in histories]
+        for name, histories in drawn.items()
+    }
+    assert shown == {
+        "still": [[0.9] * 3, [0.91] * 3, [0.92] * 3],  # seeds 0, 9 and 10
+        "moved": [[0.93] * 3, [0.95] * 3],
+        "alone": [[0.9101] * 3],
+    }
+    assert Path("comparison.png").stat().st_size > 10_000
+
+
+def test_a_difference_beyond_chance(folders, capsys):
+    write_run(Path("worse/s0"), 0.7)
+    assert compare.main([*folders, "worse", "--out", "c.pdf"]) == 0
+    assert "-21.00 ± 4.24, beyond chance" in capsys.readouterr().out
+    assert Path("c.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_one_seed_each_tells_nothing_about_chance(folders, capsys):
+    write_run(Path("lone"), 0.92)
+    assert compare.main(["alone", "lone"]) == 0
+    assert capsys.readouterr().out.splitlines()[2].split() == ["lone", "1", "92.00", "+0.99"]
+
+
+def test_mistakes_are_one_line(folders, capsys):
+    def error(*arguments):
+        assert compare.main([*arguments]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert not list(Path().glob("*.p*"))
+        return line
+
+    assert "--out a.gif: the file name must end in .png" in error("still", "--out", "a.gif")
+    assert "nowhere/summary.json does not exist" in error("still", "nowhere")
+    write_run(Path("held"), 0.9, tested_on="5,000 held-out training images")
+    expected = "still was tested on cars, test split, held on cars, 5,000 held-out training images"
+    assert expected in error("still", "moved", "held")
+    for damaged in ("x", None, float("nan")):
+        write_run(Path(f"{damaged}/s1"), damaged)
+        assert f"{damaged}/s1/summary.json is damaged" in error(f"{damaged}")
+    metrics = Path("alone/metrics.jsonl")
+    for key in ("epoch", "seconds", "test_accuracy"):
+        line = json.loads(metrics.read_text().splitlines()[0])
+        (Path("moved/s1") / metrics.name).write_text(json.dumps(line | {key: "x"}))
+        assert "moved/s1/metrics.jsonl is damaged" in error("still", "moved")
+    (Path("moved/s1") / metrics.name).write_text("")
+    assert "moved/s1/metrics.jsonl is damaged: it is empty" in error("still", "moved")
