@@ -108,7 +108,10 @@ def load_summary(run: Path) -> dict[str, Any]:
 
     def parse(file: BinaryIO) -> dict[str, Any]:
         summary = dict(json.load(file))
-        if missing := {"final_accuracy", "data", "tested_on", "versions"} - summary.keys():
+        if (
+            missing := {"final_accuracy", "data", "images", "tested_on", "versions"}
+            - summary.keys()
+        ):
             raise ValueError(f"{min(missing)} is missing")
         _check_numbers(summary, "final_accuracy")
         return summary
@@ -145,8 +148,9 @@ def runs_in(folder: Path) -> list[Path]:
 
 def _check_numbers(values: dict[str, Any], *names: str) -> None:
     for name in names:
-        if not math.isfinite(values[name]):
-            raise ValueError(f"{name} is {values[name]}")
+        value = values.get(name)
+        if not isinstance(value, int | float) or not math.isfinite(value):
+            raise ValueError(f"{name} is {value!r}")
 
 
 def _read(path: Path, parse: Callable[[BinaryIO], T]) -> T:

@@ -1,4 +1,4 @@
-"""Compare runs: whether their test accuracies differ beyond chance, and their curves.
+"""Compare runs: whether their test accuracies differ more than by chance of seed, and their curves.
 
 python compare.py RUN RUN… [--out comparison.png]
 """
@@ -11,12 +11,12 @@ from typing import Any
 
 import checkpoint
 import plots
-from common import Parser, UserError, with_exit_status
+from common import Parser, UserError, going_on, with_exit_status
 
 
 def half_widths(groups: list[list[float]]) -> list[float | None]:
     """Half the width of the 95 % confidence interval of each group's mean less the first's, by
-    Student's t with one variance for all groups; None if none has two values to tell it."""
+    Student's t with one variance for all groups; all None if no group has two values."""
     from scipy.stats import t
 
     freedom = sum(len(group) - 1 for group in groups)
@@ -31,14 +31,14 @@ def table(accuracies: dict[str, list[float]]) -> str:
     """A line for each name: its number of seeds, their mean, in percent, with its standard
     deviation, and the change from the first name's, in points."""
     width, groups = max(map(len, accuracies)), list(accuracies.values())
-    lines = [f"{'':<{width}} seeds {'accuracy, %':<13}   change, 95 % interval"]
+    lines = [f"{'':<{width}} seeds {'%, mean ± sd':<13}   change, 95 % interval over seeds"]
     for (name, group), half in zip(accuracies.items(), half_widths(groups), strict=True):
         spread = f" ± {100 * statistics.stdev(group):.2f}" if len(group) > 1 else ""
         line = f"{name:<{width}} {len(group):5d} {100 * statistics.fmean(group):6.2f}{spread:<7}"
         if group is not groups[0]:
             change = statistics.fmean(group) - statistics.fmean(groups[0])
             line += f"   {100 * change:+6.2f}"
-            if half is not None:
+            if half:
                 verdict = "within chance" if abs(change) <= half else "beyond chance"
                 line += f" ± {100 * half:.2f}, {verdict}"
         lines.append(line.rstrip())
@@ -49,10 +49,10 @@ def refuse_other_images(summaries: dict[str, list[dict[str, Any]]]) -> None:
     known: dict[str, str] = {}
     for name, runs in summaries.items():
         for run in runs:
-            known.setdefault(f"{run['data']}, {run['tested_on']}", name)
+            known.setdefault(f"{run['images']} of {run['data']}, {run['tested_on']}", name)
     if len(known) > 1:
         (images, name), (others, other), *_ = known.items()
-        raise UserError(f"{name} was tested on {images}, {other} on {others}: give runs alike")
+        raise UserError(f"{name} is on {images}, but {other} on {others}; compare runs on the same")
 
 
 @with_exit_status
@@ -65,6 +65,9 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.out.suffix not in plots.KINDS:
         raise UserError(f"--out {args.out}: the file name must end in {', '.join(plots.KINDS)}")
+    for folder in args.runs:
+        if (folder / "config.json").exists() and not (folder / "summary.json").exists():
+            raise UserError(f"{folder} has not finished: train.py {going_on(folder, 'it')}")
     runs = {str(folder): checkpoint.runs_in(folder) for folder in args.runs}
     summaries = {name: [checkpoint.load_summary(run) for run in runs[name]] for name in runs}
     histories = {name: [checkpoint.load_history(run) for run in runs[name]] for name in runs}

@@ -12,8 +12,8 @@ LINE = dict.fromkeys(("lr", "train_loss", "train_accuracy", "test_loss"), 0.5)
 
 def write_run(folder, accuracy, **facts):
     folder.mkdir(parents=True)
-    summary = {"final_accuracy": accuracy, "data": "cars", "tested_on": "test split"} | facts
-    (folder / "summary.json").write_text(json.dumps(summary | {"versions": {}}))
+    known = {"data": "cars", "images": "60 images", "tested_on": "test split", "versions": {}}
+    (folder / "summary.json").write_text(json.dumps(known | {"final_accuracy": accuracy} | facts))
     lines = [{"epoch": k + 1, "test_accuracy": accuracy, "seconds": 2, **LINE} for k in range(3)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -69,10 +69,14 @@ def test_a_difference_beyond_chance(folders, capsys):
     assert Path("c.pdf").read_bytes().startswith(b"%PDF")
 
 
-def test_one_seed_each_tells_nothing_about_chance(folders, capsys):
+def test_what_tells_nothing_about_chance(folders, capsys):
     write_run(Path("lone"), 0.92)
-    assert compare.main(["alone", "lone"]) == 0
+    assert compare.main(["alone", "lone"]) == 0  # one seed each
     assert capsys.readouterr().out.splitlines()[2].split() == ["lone", "1", "92.00", "+0.99"]
+    for seed in range(2):
+        write_run(Path(f"same/s{seed}"), 0.92)
+    assert compare.main(["same", "alone"]) == 0  # seeds that happen to be equal
+    assert capsys.readouterr().out.splitlines()[2].split() == ["alone", "1", "91.01", "-0.99"]
 
 
 def test_mistakes_are_one_line(folders, capsys):
@@ -85,15 +89,22 @@ def test_mistakes_are_one_line(folders, capsys):
     assert "--out a.gif: the file name must end in .png" in error("still", "--out", "a.gif")
     assert "nowhere/summary.json does not exist" in error("still", "nowhere")
     write_run(Path("held"), 0.9, tested_on="5,000 held-out training images")
-    expected = "still was tested on cars, test split, held on cars, 5,000 held-out training images"
+    known, held = "still is on 60 images of cars, test split", "5,000 held-out training images"
+    expected = f"{known}, but held on 60 images of cars, {held}; compare runs on the same"
     assert expected in error("still", "moved", "held")
+    write_run(Path("other"), 0.9, images="70 images")
+    assert "but other on 70 images of cars, test split" in error("still", "other")
+    Path("moved/config.json").touch()
+    assert "moved has not finished: train.py --resume moved continues it" in error("still", "moved")
+    Path("moved/config.json").unlink()
     for damaged in ("x", None, float("nan")):
         write_run(Path(f"{damaged}/s1"), damaged)
-        assert f"{damaged}/s1/summary.json is damaged" in error(f"{damaged}")
+        expected = f"{damaged}/s1/summary.json is damaged: final_accuracy is {damaged!r}"
+        assert expected in error(f"{damaged}")
     metrics = Path("alone/metrics.jsonl")
     for key in ("epoch", "seconds", "test_accuracy"):
         line = json.loads(metrics.read_text().splitlines()[0])
         (Path("moved/s1") / metrics.name).write_text(json.dumps(line | {key: "x"}))
-        assert "moved/s1/metrics.jsonl is damaged" in error("still", "moved")
+        assert f"moved/s1/metrics.jsonl is damaged: {key} is 'x'" in error("still", "moved")
     (Path("moved/s1") / metrics.name).write_text("")
     assert "moved/s1/metrics.jsonl is damaged: it is empty" in error("still", "moved")

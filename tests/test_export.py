@@ -165,13 +165,16 @@ def test_two_products_of_int8_fit_into_16_bits(exported):
         assert 32 < largest <= 64
 
 
-def test_the_trained_net_and_its_int8_file_agree(images):
+def test_the_trained_net_and_its_onnx_files_agree(images):
     root = Path(__file__).parents[1] / "trained"
     net, content = checkpoint.load_net(root / "model.pt")
     classifier = export.Classifier(net, content["mean"], content["std"])
     with torch.no_grad():
-        expected = classifier(images[:300]).argmax(1).numpy()
-    int8 = export.session((root / "model.int8.onnx").read_bytes())
-    same = int8(images[:300].numpy()).argmax(1) == expected
-    assert same.mean() > 0.9
-    assert len(set(expected)) > 5
+        expected = classifier(images[:300]).numpy()
+    fp32, int8 = (
+        export.session((root / f"model.{kind}").read_bytes()) for kind in ("onnx", "int8.onnx")
+    )
+    assert np.abs(fp32(images[:300].numpy()) - expected).max() <= export.TOLERANCE
+    classes = expected.argmax(1)
+    assert (int8(images[:300].numpy()).argmax(1) == classes).mean() > 0.9
+    assert len(set(classes)) > 5
