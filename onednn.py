@@ -91,11 +91,11 @@ def precisely(
     times as long (one core of an AMD EPYC with AVX512-BF16: 3×3, stride 2, 64 channels at 16×16,
     106 ms against 3.3 for the gradient of the input; 5×5, 208 channels at 8×8, 88 against 30 for
     that of the weight), while others take half as long. It is wrong in dilated ones of stride 1,
-    dense or not, whose last block of 16 channels is not full: on maps 32 wide the gradient of their
-    weight is NaN or merely wrong there (torch 2.14 with oneDNN 3.12, AVX512-BF16 without AMX)."""
-    depthwise = layer.groups == layer.in_channels > 1
-    slow = depthwise and (stride != (1, 1) or max(layer.kernel_size) > 3)
-    wrong = dilation != (1, 1) and stride == (1, 1) and layer.in_channels % 16
+    where a group's inputs do not fill blocks of 16: on maps 32 wide the gradient of their weight is
+    NaN or merely wrong there (torch 2.14 with oneDNN 3.12, AVX512-BF16 without AMX)."""
+    inputs = layer.in_channels // layer.groups
+    slow = inputs == 1 < layer.groups and (stride != (1, 1) or max(layer.kernel_size) > 3)
+    wrong = dilation != (1, 1) and stride == (1, 1) and inputs % 16
     if not (slow or wrong):
         return convolution(x)
     with torch.autocast(x.device.type, enabled=False):

@@ -88,6 +88,9 @@ def test_large_1x1_convolutions_as_products(inputs, options, capability, monkeyp
     assert bool(convolutions.dilations) != product
 
 
+SIXTEEN = {"in_channels": 16, "out_channels": 16}
+
+
 @pytest.mark.parametrize(
     ("options", "wide"),
     [
@@ -96,10 +99,12 @@ def test_large_1x1_convolutions_as_products(inputs, options, capability, monkeyp
         ({"kernel_size": 3, "groups": 8, "stride": 2}, True),
         ({"kernel_size": 3, "groups": 8, "stride": 2, "dilation": 2, "padding": 1}, True),
         ({"kernel_size": 3, "groups": 8, "dilation": 2, "padding": 1}, True),
+        ({"kernel_size": 3, "groups": 16, "dilation": 2, "padding": 1, **SIXTEEN}, True),
+        ({"kernel_size": 3, "groups": 2, "dilation": 2, "padding": 1, **SIXTEEN}, True),
         ({"kernel_size": 3, "dilation": 2, "padding": 1}, True),
         ({"kernel_size": 3, "groups": 8, "dilation": 2}, False),
         ({"kernel_size": 3, "dilation": 2}, False),
-        ({"kernel_size": 3, "dilation": 2, "padding": 1, "in_channels": 16}, False),
+        ({"kernel_size": 3, "dilation": 2, "padding": 1, **SIXTEEN}, False),
         ({"kernel_size": 3, "groups": 8}, False),
         ({"kernel_size": 3, "groups": 8, "stride": 2, "dilation": 2, "padding": 2}, False),
         ({"kernel_size": 5, "groups": 4}, False),
