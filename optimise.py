@@ -75,18 +75,17 @@ def parameter_groups(net: nn.Module, args: Namespace) -> list[dict[str, Any]]:
     """Groups of weights, of one-dimensional parameters, which never decay, and, with Muon, of the
     kernels that mix channels."""
     dense = [m for m in net.modules() if isinstance(m, nn.Conv2d) and m.groups == 1]
-    mixing = [p for convolution in dense for p in convolution.parameters() if p.ndim >= 2]
-    kernels = mixing if args.optimizer == "muon" else []
-    known = set(kernels)
-    weights = [p for p in net.parameters() if p.ndim >= 2 and p not in known]
+    mixing = {p for convolution in dense for p in convolution.parameters() if p.ndim >= 2}
+    by_muon = mixing if args.optimizer == "muon" else set()
+    weights = [p for p in net.parameters() if p.ndim >= 2]
     groups = [
-        {"params": weights, "weight_decay": args.weight_decay},
+        {"params": [p for p in weights if p not in by_muon], "weight_decay": args.weight_decay},
         {"params": [p for p in net.parameters() if p.ndim < 2]},
     ]
-    if kernels:
+    if by_muon:
         rates = {"lr": MUON_LR * args.lr, "weight_decay": MUON_DECAY * args.weight_decay}
         momenta = {"momentum": 0.0, "muon_momentum": args.momentum}
-        groups.append({"params": kernels, **rates, **momenta})
+        groups.append({"params": [p for p in weights if p in by_muon], **rates, **momenta})
     return groups
 
 

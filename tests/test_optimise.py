@@ -27,6 +27,14 @@ def test_muon_follows_the_kernels_that_mix_channels():
     assert 0 < len(expected) < sum(p.ndim == 4 for p in net.parameters())
 
 
+def test_convolutions_that_share_a_kernel_are_one_to_the_optimiser(recwarn):
+    net = nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 1))
+    net[1].weight = net[0].weight
+    *_, muon = make_training(net, flags.parse_flags([]), CPU, 1).optimizer.param_groups
+    assert [*map(id, muon["params"])] == [id(net[0].weight), id(net[2].weight)]
+    assert not recwarn.list
+
+
 def test_matrices_of_many_shapes_are_made_orthogonal_at_once():
     for shapes in ([(3, 5, 7), (2, 9, 4), (4, 6, 6)], [(2, 9, 4), (1, 8, 3)]):
         stacks = [torch.randn(shape) for shape in shapes]
