@@ -288,6 +288,7 @@ def write(name: str, device: str, command: str, figures: dict[str, Any]) -> Path
 
 
 def bench_all(args: Namespace) -> None:
+    require("kornia")  # rather than after all else has been measured
     for job in (bench_epoch, bench_layers, bench_kernels, bench_startup, bench_augment):
         job(args)
 

@@ -108,10 +108,7 @@ def load_summary(run: Path) -> dict[str, Any]:
 
     def parse(file: BinaryIO) -> dict[str, Any]:
         summary = dict(json.load(file))
-        if (
-            missing := {"final_accuracy", "data", "images", "tested_on", "versions"}
-            - summary.keys()
-        ):
+        if missing := {"images", "tested_on", "versions"} - summary.keys():
             raise ValueError(f"{min(missing)} is missing")
         _check_numbers(summary, "final_accuracy")
         return summary

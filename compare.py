@@ -49,7 +49,7 @@ def refuse_other_images(summaries: dict[str, list[dict[str, Any]]]) -> None:
     known: dict[str, str] = {}
     for name, runs in summaries.items():
         for run in runs:
-            known.setdefault(f"{run['images']} of {run['data']}, {run['tested_on']}", name)
+            known.setdefault(f"{run['images']}, {run['tested_on']}", name)
     if len(known) > 1:
         (images, name), (others, other), *_ = known.items()
         raise UserError(f"{name} is on {images}, but {other} on {others}; compare runs on the same")

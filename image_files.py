@@ -33,6 +33,8 @@ def read(path: Path) -> tuple[str, list[str], Splits]:
     UserError if anything is wrong with it."""
     name = os.path.basename(os.path.abspath(path))  # of "..", too
     name = name.removesuffix(".xz").removesuffix(".gz").removesuffix(".tar")
+    if not name.isprintable():  # "." may be such a folder
+        raise UserError(f"its name, {name!a}, is unprintable; rename it")
     try:
         key = _fingerprint(path)
     except OSError as error:

@@ -82,8 +82,10 @@ def choose_precision(name: str, device: torch.device) -> str:
 
 
 def triton_kernels(x: Tensor) -> ModuleType | None:
-    """The module kernels.py if `x` lies on a GPU that it works on, else None."""
-    return _kernels_on(x.device) if x.is_cuda and not torch.compiler.is_compiling() else None
+    """The module kernels.py if `x` lies on a GPU that it works on, and can be addressed with its 32
+    bits, else None."""
+    usable = x.is_cuda and x.numel() < 2**31 and not torch.compiler.is_compiling()
+    return _kernels_on(x.device) if usable else None
 
 
 @cache

@@ -131,8 +131,9 @@ def make_step(training: Training, dataset: Dataset, args: Namespace, radius: flo
 
 def captured(step: Step, training: Training, inputs: Tensor, labels: Tensor) -> Step:
     """`step` as one CUDA graph, for batches of the size of `inputs` (PyTorch's notes on CUDA,
-    "Whole-network capture"). `training` is left as it was, except that learning rates are kept on
-    the device: a graph reads them there anew, but would replay a Python number for ever."""
+    "Whole-network capture"). `training` is left as it was, except that momenta exist, at zero,
+    and learning rates are kept on the device: a graph reads them there anew, but would replay a
+    Python number for ever."""
     inputs, labels = inputs.clone(), labels.clone()
     optimizer = training.optimizer
     for group in optimizer.param_groups:

@@ -115,7 +115,7 @@ def layers(dataset: data.Dataset, args: Namespace, names: list[str]) -> Phases:
 
 def plain_loop(dataset: data.Dataset, args: Namespace) -> Way:
     """The loop that one writes first around the same net: no augmentation, all defaults. On a GPU
-    the net's layers still run our kernels."""
+    its norms and mirrored weights still run our kernels, its depthwise convolutions do not."""
     device = dataset.train_images.device
     net = model.build(args.net, len(dataset.classes)).to(device)
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)

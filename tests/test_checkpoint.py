@@ -143,7 +143,7 @@ def test_predictions_run_no_code(tmp_path, capsys):
 def test_a_summary_of_nothing_is_damaged(tmp_path):
     (tmp_path / "summary.json").write_text("{}")
     way = f"delete {tmp_path}/summary.json, then train.py --resume {tmp_path} continues"
-    with pytest.raises(UserError, match=f"is damaged: data is missing; {way}"):
+    with pytest.raises(UserError, match=f"is damaged: images is missing; {way}"):
         checkpoint.load_summary(tmp_path)
 
 

@@ -132,6 +132,12 @@ def test_bad_members(tmp_path, kind, members, message):
     assert not any(tmp_path.glob("cache/atrous/*"))
 
 
+def test_a_folder_whose_name_no_file_could_hold(tmp_path, monkeypatch):
+    monkeypatch.chdir(write_folder(tmp_path / "p\udcffts", files()))
+    with pytest.raises(UserError, match=r"its name, 'p\\udcffts', is unprintable; rename it"):
+        load(Path("."))
+
+
 def test_images_of_one_colour_cannot_be_normalised(tmp_path):
     with pytest.raises(UserError, match="colour channel"):
         load(write_tar(tmp_path / "bad.tar", dict.fromkeys(files(), png((9, 9, 9)))))

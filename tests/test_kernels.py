@@ -152,8 +152,6 @@ def test_slow_convolutions_alone_are_taken_over(monkeypatch):
     monkeypatch.setattr(depthwise, "triton_kernels", lambda _: kernels)
     oblong = x[..., :5]
     assert torch.equal(net[1](oblong), F.conv2d(oblong, net[1].weight, stride=2, groups=4))
-    many = torch.empty(2, 4, 2**14, 2**14, device="meta")
-    assert net[1].to("meta")(many).shape == (2, 4, 2**13 - 1, 2**13 - 1)
 
 
 @loops
