@@ -126,9 +126,21 @@ def test_what_is_bad_in_bf16_is_computed_in_float32(options, wide):
     assert net.weight.grad.abs().sum() > 0
 
 
+def assert_gradients_agree(layer, in_float32, inputs):
+    """Those of the weights, in bf16 and float32, for equal inputs and output gradients."""
+    x = inputs.detach().bfloat16().contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = layer(x)
+    direction = torch.randn(output.shape).to(output)
+    weights = list(layer.parameters())
+    expected = torch.autograd.grad(in_float32(x.float()), weights, direction.float())
+    found = torch.autograd.grad(output, weights, direction)
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0.02 * other.abs().max().item())
+
+
 @pytest.mark.parametrize("name", NETS)
-def test_gradients_in_bf16_are_those_in_float32(name):
-    """Layer by layer, for equal inputs and output gradients."""
+def test_gradients_of_the_nets_in_bf16_are_those_in_float32(name):
     net = build(name, 10)
     convolutions = [m for m in net.modules() if isinstance(m, nn.Conv2d)]
     in_float32 = [m.forward for m in convolutions]
@@ -139,12 +151,14 @@ def test_gradients_in_bf16_are_those_in_float32(name):
     net(torch.randn(4, 3, 32, 32))
     assert [module for module, _ in calls] == convolutions
     for (module, inputs), forward in zip(tuple(calls), in_float32, strict=True):
-        x = inputs.detach().bfloat16().contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
-            output = module(x)
-        direction = torch.randn(output.shape).to(output)
-        weights = list(module.parameters())
-        expected = torch.autograd.grad(forward(x.float()), weights, direction.float())
-        found = torch.autograd.grad(output, weights, direction)
-        for one, other in zip(found, expected, strict=True):
-            torch.testing.assert_close(one, other, rtol=0, atol=0.02 * other.abs().max().item())
+        assert_gradients_agree(module, forward, inputs)
+
+
+@pytest.mark.parametrize("dilation", [1, 2, 3, 5])
+@pytest.mark.parametrize("channels", [8, 16, 24, 32, 48, 96])
+def test_gradients_in_bf16_are_those_in_float32(channels, dilation):
+    for groups in {1, 2, 8, channels}:
+        layer = nn.Conv2d(channels, channels, 3, 1, dilation, dilation, groups)
+        in_float32 = layer.forward
+        onednn.take_over(layer)
+        assert_gradients_agree(layer, in_float32, torch.randn(2, channels, 32, 32))
