@@ -194,11 +194,13 @@ def test_all_trains_no_variants(monkeypatch):
     for name in ("epoch", "layers", "kernels", "augment", "startup", "trainings"):
         monkeypatch.setattr(bench, f"bench_{name}", lambda *_, name=name: called.append(name))
     monkeypatch.setattr(bench, "versions", lambda: called.append("versions"))
+    monkeypatch.setattr(bench, "require", called.append)
     assert bench.main(["all"]) == 0
-    assert called == ["versions", "epoch", "layers", "kernels", "startup", "augment"]
+    assert called == ["versions", "kornia", "epoch", "layers", "kernels", "startup", "augment"]
 
 
-def test_nets_side_by_side(arguments, tmp_path, capsys):
+def test_nets_side_by_side(arguments, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("plots.comparison", drawn := Mock())
     assert bench.main([*arguments, "--repeat", "2"]) == 0
     *_, heading, first, second, _ = capsys.readouterr().out.splitlines()
     assert len(heading) == len(first) == len(second)
@@ -216,8 +218,10 @@ def test_nets_side_by_side(arguments, tmp_path, capsys):
             one, other = (run[key] for run in row["runs"])
             assert row[key]["sd"] == pytest.approx(abs(one - other) / 2**0.5)
         folders = [tmp_path / f"runs/{name}/s{seed}" for seed in (0, 1)]
-        seconds = [checkpoint.load_history(folder)[0]["seconds"] for folder in folders]
+        histories = [checkpoint.load_history(folder) for folder in folders]
+        seconds = [history[0]["seconds"] for history in histories]
         assert row["median_epoch_seconds"] == pytest.approx(sum(seconds) / 2)
+        assert drawn.call_args.args[1][name] == histories
 
 
 def test_each_figure_in_its_column():
