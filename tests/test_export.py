@@ -155,6 +155,18 @@ def test_mistakes_are_one_line(tmp_path, capsys, monkeypatch):
     assert line == "error: onnx is missing: pip install -r requirements-extra.txt"
 
 
+def test_onnxruntime_1_21_finds_the_zero_points_of_a_matrix(images):
+    import onnx
+
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5))
+    blob = export.to_onnx(export.Classifier(net, [127.0] * 3, [64.0] * 3).eval(), {})
+    nodes = onnx.load_from_string(export.to_int8(blob, images[:100].numpy())).graph.node
+    for kind, points in (("Gemm", [True, True, True]), ("Conv", [True, False, False])):
+        (layer,) = (node for node in nodes if node.op_type == kind)
+        made = {node.output[0]: len(node.input) == 3 for node in nodes}
+        assert [made[name] for name in layer.input] == points, kind
+
+
 def test_two_products_of_int8_fit_into_16_bits(exported):
     import onnx
     from onnx.numpy_helper import to_array
