@@ -27,12 +27,18 @@ class Policy:
     cutout: int = 16  # largest side of the hole, pixels
     cutout_min: int | None = None  # smallest side, from 1; x and y drawn separately; None: largest
     cutout_p: float = 0.25
-    fill: float | None = None  # level of the hole and a constant border; None: the images' mean
+    # Level of hole and a constant border, None for the images' mean; callers of `apply` pass it
+    fill: float | None = None
     rgb_shift: tuple[float, float, float] = (0.0, 0.0, 0.0)  # largest shift per channel, levels
     rgb_shift_p: float = 0.0
     brightness: float = 0.0  # largest change, as a fraction of 255
     contrast: float = 0.0  # largest change of the contrast factor
     brightness_contrast_p: float = 0.0
+
+    @property
+    def changes_colours(self) -> bool:
+        """Whether `jitter_colours` may do anything."""
+        return bool(self.rgb_shift_p or self.brightness_contrast_p)
 
 
 @dataclass(frozen=True)
@@ -110,10 +116,12 @@ def apply(
     `fill`, a number or (C, 1, 1) in the images' unit, is the hole's colour and, if `border` is
     "constant", what lies outside the image. Computed in float32 even under autocast: an image that
     draws nothing, or only a flip or a hole, keeps its values exactly. Raises ValueError for a
-    `border` that is not one of BORDERS.
+    `border` that is not one of BORDERS, and images of another shape.
     """
     if border not in BORDERS:
         raise ValueError(f"border {border!r} is not one of {BORDERS}")
+    if images.ndim != 4 or images.shape[2] != images.shape[3]:
+        raise ValueError(f"images {tuple(images.shape)} are not (N, C, W, W)")
     size = images.shape[-1]
 
     def warp(images: Tensor, theta: Tensor) -> Tensor:

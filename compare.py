@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import checkpoint
+import flags
 import plots
 from common import Parser, UserError, going_on, with_exit_status
 
@@ -41,8 +42,25 @@ def table(accuracies: dict[str, list[float]]) -> str:
             if half:
                 verdict = "within chance" if abs(change) <= half else "beyond chance"
                 line += f" ± {100 * half:.2f}, {verdict}"
+            elif half is None:
+                line += ", one seed each"
         lines.append(line.rstrip())
     return "\n".join(lines)
+
+
+def runs_of(folders: list[Path]) -> dict[str, list[Path]]:
+    """Each folder's runs, or the run that it is. Raises UserError if they have not finished, or one
+    is there twice."""
+    runs, seen = {}, set()
+    for folder in folders:
+        if (folder / "config.json").exists() and not (folder / "summary.json").exists():
+            raise UserError(f"{folder} has not finished: train.py {going_on(folder, 'it')}")
+        runs[str(folder)] = checkpoint.runs_in(folder)
+        for run in runs[str(folder)]:
+            if run.resolve() in seen:
+                raise UserError(f"{run} is given twice; compare each run once")
+            seen.add(run.resolve())
+    return runs
 
 
 def refuse_other_images(summaries: dict[str, list[dict[str, Any]]]) -> None:
@@ -55,6 +73,19 @@ def refuse_other_images(summaries: dict[str, list[dict[str, Any]]]) -> None:
         raise UserError(f"{name} is on {images}, but {other} on {others}; compare runs on the same")
 
 
+def differing_flags(runs: dict[str, list[Path]]) -> list[str]:
+    """A line for each name after the first: the flags that its first run has otherwise."""
+    used = {name: checkpoint.load_config(first)["flags"] for name, (first, *_) in runs.items()}
+    (first, known), *others = used.items()
+    lines = []
+    for name, own in others:
+        names = [key for key in own if key not in flags.OF_A_PLACE | {"seed", "repeat"}]
+        changed = [key for key in names if own[key] != known.get(key)]
+        said = ", ".join(f"{flags.option(key)} {own[key]} ({known.get(key)})" for key in changed)
+        lines.append(f"{name}: {said or 'the same flags'}")
+    return [f"Other flags, in brackets those of {first}:", *lines] if lines else []
+
+
 @with_exit_status
 def main(argv: list[str]) -> None:
     parser = Parser(prog="compare.py", description="Compare runs with the first one.")
@@ -65,14 +96,14 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.out.suffix not in plots.KINDS:
         raise UserError(f"--out {args.out}: the file name must end in {', '.join(plots.KINDS)}")
-    for folder in args.runs:
-        if (folder / "config.json").exists() and not (folder / "summary.json").exists():
-            raise UserError(f"{folder} has not finished: train.py {going_on(folder, 'it')}")
-    runs = {str(folder): checkpoint.runs_in(folder) for folder in args.runs}
-    summaries = {name: [checkpoint.load_summary(run) for run in runs[name]] for name in runs}
-    histories = {name: [checkpoint.load_history(run) for run in runs[name]] for name in runs}
+    runs = runs_of(args.runs)
+    summaries = {name: [*map(checkpoint.load_summary, each)] for name, each in runs.items()}
+    histories = {name: [*map(checkpoint.load_history, each)] for name, each in runs.items()}
     refuse_other_images(summaries)
-    print(table({name: [run["final_accuracy"] for run in summaries[name]] for name in runs}))
+    print(
+        table({name: [run["final_accuracy"] for run in each] for name, each in summaries.items()})
+    )
+    print(*differing_flags(runs), sep="\n")
     plots.comparison(args.out, histories)
     print(f"drawn: {args.out}")
 

@@ -30,7 +30,9 @@ def make_parser() -> Parser:
     flag("--holdout", type=number(int, 0), default=0, help="training images to test on instead")
 
     flag = parser.add_argument_group("net").add_argument
-    flag("--net", default="atrous", choices=model.NETS, help="atrous or a published net")
+    flag(
+        "--net", default="atrous", choices=model.NETS, help="atrous (mirror-invariant) or published"
+    )
     flag("--dropout", type=number(float, 0, 0.99), default=0.0, help="dropout probability")
 
     flag = parser.add_argument_group("training").add_argument
@@ -95,6 +97,7 @@ def option(name: str) -> str:
 
 
 MAY_CHANGE = {"resume", "data", "data_dir", "device", "workers"}
+OF_A_PLACE = MAY_CHANGE | {"out"}
 COLOURS = (  # the share of images changed, then the limits; all 0 by default
     ("rgb_shift_p", "rgb_shift"),
     ("brightness_contrast_p", "brightness", "contrast"),
@@ -170,7 +173,7 @@ def spelled(flags: dict[str, Any]) -> list[str]:
 
 def identity(args: Namespace) -> dict[str, Any]:
     """The flags that stay the same when a run is resumed, wherever its folder is by then."""
-    return {name: value for name, value in vars(args).items() if name not in MAY_CHANGE | {"out"}}
+    return {name: value for name, value in vars(args).items() if name not in OF_A_PLACE}
 
 
 def policy_of(args: Namespace) -> Policy:

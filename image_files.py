@@ -97,10 +97,10 @@ def _decode(path: Path) -> tuple[list[str], Splits]:
             raise UserError(f"more than {MAX_IMAGES:,} images")
     for split, images in decoded.items():
         if not images:
-            raise UserError(
-                f"no images in {split}/<class>/ at its top level; "
-                f"for CIFAR-10's own files: --data cifar10 --data-dir {path.parent}"
-            )
+            way = f"CIFAR-10's own files are read by --data cifar10 --data-dir {path.parent}"
+            if not path.name.startswith("cifar-10"):
+                way = "it must hold train/<class>/ and test/<class>/"
+            raise UserError(f"no images in {split}/<class>/ at its top level: {way}")
     classes, test_classes = (sorted({c for c, _ in decoded[s]}) for s in ("train", "test"))
     if classes != test_classes:
         missing = ", ".join(sorted(set(classes) ^ set(test_classes)))

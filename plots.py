@@ -103,10 +103,12 @@ def mistakes(
     wrong = wrong[np.argsort(-confidence[wrong], kind="stable")]
     names = shortened(classes, 12)
     captions = [
-        f"{names[labels[i]]}\nas {names[predicted[i]]} ({confidence[i]:.0%})" for i in wrong[:32]
+        f"{i}: {names[labels[i]]}\nas {names[predicted[i]]} ({confidence[i]:.0%})"
+        for i in wrong[:32]
     ]
-    title = f"{len(wrong):,} of {len(labels):,} test images misclassified; the most confident ones:"
-    title += " true class, then predicted class (probability)"
+    title = f"{len(wrong):,} of {len(labels):,} test images misclassified"
+    if len(wrong):
+        title += "; the most confident ones: number, true class, predicted class (probability)"
     image_grid(path, images[wrong[:32]], captions, title)
 
 

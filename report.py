@@ -168,7 +168,8 @@ other images, sizes and cameras are untested.
 
 | | |
 |---|---|
-| accuracy on the {summary["tested_on"]}, last epoch | {summary["final_accuracy"]:.2%} |
+| images | {summary["images"]} |
+| accuracy on {summary["tested_on"]}, last epoch | {summary["final_accuracy"]:.2%} |
 | … averaged with the mirror image | {summary["flip_accuracy"]:.2%} |
 | … best epoch ({summary["best_epoch"]}) | {summary["best_accuracy"]:.2%} |
 | parameters | {summary["parameters"]:,} |
@@ -200,10 +201,11 @@ def write_repeats(folder: Path, summaries: list[dict[str, Any]]) -> None:
         values = [summary[key] for summary in summaries]
         mean, sd = statistics.fmean(values), statistics.stdev(values)
         result[key] = {"mean": mean, "sd": sd, "values": values}
-    shared = ("data", "net", "parameters", "device", "precision", "epochs", "command", "versions")
+    shared = ("data", "images", "tested_on", "net", "parameters", "device", "precision", "epochs")
+    shared += ("command", "versions")
     write_json(folder / "summary.json", result | {key: summaries[0][key] for key in shared})
     final = result["final_accuracy"]
     print(
         f"\n{len(summaries)} seeds: final test accuracy {final['mean']:.2%} ± {final['sd']:.2%} "
-        f"(standard deviation) on {summaries[0]['data']}"
+        f"(standard deviation) on {summaries[0]['data']}, {summaries[0]['tested_on']}"
     )

@@ -66,7 +66,7 @@ def refuse_other_images(config: dict[str, Any], dataset: data.Dataset, args: Nam
         raise UserError(
             f"--resume {args.resume}: that run trains on {config.get('images')}, "
             f"not {dataset.name}'s {dataset.checksum}; "
-            f"point --data at its own data set, {config.get('data')}"
+            f"it can only continue on {config.get('data')} as it was then"
         )
 
 

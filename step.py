@@ -24,7 +24,7 @@ def prepared(images: Tensor, policy: Policy | None, mean: Tensor, std: Tensor) -
     policy, freshly augmented."""
     if policy is None:
         return normalize(images, mean, std)
-    if policy.rgb_shift_p or policy.brightness_contrast_p:
+    if policy.changes_colours:
         images = jitter_colours(images, sample_colours(policy, len(images), images.device))
     params = sample(policy, len(images), images.shape[-1], images.device)
     fill = mean.view(-1, 1, 1) if policy.fill is None else policy.fill

@@ -73,7 +73,7 @@ def run_seeds(args: Namespace, argv: list[str], device: torch.device) -> None:
     keep_freed_memory()
     start = time.perf_counter()
     with ranks.main_first():
-        dataset = data.load(args.data, Path(args.data_dir), device, args.train_images, args.holdout)
+        dataset = load_data(args, device)
     if len(set(ranks.gathered(dataset.checksum))) > 1:
         raise UserError(f"--data {args.data}: the processes read different images; try again")
     seconds = time.perf_counter() - start
@@ -87,12 +87,24 @@ def run_seeds(args: Namespace, argv: list[str], device: torch.device) -> None:
         command = config.get("command", command)  # the one that began the run
     if ranks.rank() == 0:
         print(f"data read in {seconds:.1f} s", file=sys.stderr)
+        if (steps := len(dataset.train_images) // args.batch_size) < 10:
+            few = f"warning: steps in an epoch: {steps}; a smaller --batch-size takes more"
+            print(few, file=sys.stderr)
     if args.repeat == 1:
         run(args, command, dataset, start)
     else:
         repeat(args, command, dataset)
     if args.data == "auto" and dataset.name == "synthetic":
         print("warning: CIFAR-10 was not available; all results above are on synthetic images")
+
+
+def load_data(args: Namespace, device: torch.device) -> data.Dataset:
+    try:
+        return data.load(args.data, Path(args.data_dir), device, args.train_images, args.holdout)
+    except UserError as error:
+        if args.resume is None:
+            raise
+        raise UserError(f"{error}; if the run's images have moved, say where: --data") from error
 
 
 def refuse_batch_size(args: Namespace, dataset: data.Dataset) -> None:
@@ -192,6 +204,7 @@ def facts_of(
         trace = graph.trace(net)
     except UserError as error:
         raise UserError(f"--net {args.net}: {error}") from error
+    tested_on = "held-out training images" if args.holdout else "test images"
     with torch.no_grad():
         logits = net.eval()(torch.zeros(1, 3, SIZE, SIZE))
     if getattr(logits, "shape", None) != (1, len(dataset.classes)):
@@ -201,7 +214,7 @@ def facts_of(
     return {
         "data": dataset.name,
         "images": dataset.checksum,
-        "tested_on": f"{args.holdout:,} held-out training images" if args.holdout else "test split",
+        "tested_on": f"{len(dataset.test_images):,} {tested_on}",
         "net": args.net,
         "recipe": args.recipe,
         "parameters": sum(p.numel() for p in net.parameters()),

@@ -187,6 +187,12 @@ def test_grid_is_that_of_affine_grid(size):
     torch.testing.assert_close(sampling_grid(theta, size), expected, atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize("shape", [(3, 32, 32), (2, 32, 32, 3), (2, 3, 32, 16)])
+def test_images_of_another_shape_are_an_error(params, shape):
+    with pytest.raises(ValueError, match=r"are not \(N, C, W, W\)"):
+        ours(torch.zeros(shape), some(params, slice(2)))
+
+
 def test_unknown_border_is_an_error(images, params):
     with pytest.raises(ValueError, match="wrap"):
         apply(images, params, 0.0, border="wrap")

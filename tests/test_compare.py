@@ -10,8 +10,12 @@ import plots
 LINE = dict.fromkeys(("lr", "train_loss", "train_accuracy", "test_loss"), 0.5)
 
 
-def write_run(folder, accuracy, **facts):
+def write_run(folder, accuracy, flags=(), **facts):
     folder.mkdir(parents=True)
+    flags = {"seed": str(folder), "out": str(folder), "sam": 0.1, "rgb_shift": [0, 0, 0]} | dict(
+        flags
+    )
+    (folder / "config.json").write_text(json.dumps({"flags": flags}))
     known = {"images": "60 images", "tested_on": "test split", "versions": {}}
     (folder / "summary.json").write_text(json.dumps(known | {"final_accuracy": accuracy} | facts))
     lines = [{"epoch": k + 1, "test_accuracy": accuracy, "seconds": 2, **LINE} for k in range(3)]
@@ -24,7 +28,7 @@ def folders(tmp_path, monkeypatch):
     for seed, accuracy in ((0, 0.9), (10, 0.92), (9, 0.91)):
         write_run(Path(f"still/s{seed}"), accuracy)
     for seed, accuracy in ((0, 0.93), (1, 0.95)):
-        write_run(Path(f"moved/s{seed}"), accuracy)
+        write_run(Path(f"moved/s{seed}"), accuracy, {"sam": 0.0, "rgb_shift": [9, 9, 9]})
     write_run(Path("alone"), 0.9101)
     return ["still", "moved", "alone"]
 
@@ -43,12 +47,17 @@ def test_runs_and_repeated_runs_side_by_side(folders, monkeypatch, capsys):
     monkeypatch.setattr(plots, "comparison", lambda *of: drawn.update(of[1]) or comparison(*of))
     assert compare.main(folders) == 0
     heading, *lines, last = capsys.readouterr().out.splitlines()
-    assert [line.split() for line in lines] == [
+    assert [line.split() for line in lines[:3]] == [
         ["still", "3", "91.00", "±", "1.00"],
         ["moved", "2", "94.00", "±", "1.41", "+3.00", "±", "3.35,", "within", "chance"],
         ["alone", "1", "91.01", "+0.01", "±", "4.24,", "within", "chance"],
     ]
     assert heading.index("change") <= lines[1].index("+3.00") < len(heading) <= 80
+    assert lines[3:] == [
+        "Other flags, in brackets those of still:",
+        "moved: --sam 0.0 (0.1), --rgb-shift [9, 9, 9] ([0, 0, 0])",
+        "alone: the same flags",
+    ]
     assert last == "drawn: comparison.png"
     shown = {
         name: [[line["test_accuracy"] for line in history] for history in histories]
@@ -72,7 +81,9 @@ def test_a_difference_beyond_chance(folders, capsys):
 def test_what_tells_nothing_about_chance(folders, capsys):
     write_run(Path("lone"), 0.92)
     assert compare.main(["alone", "lone"]) == 0  # one seed each
-    assert capsys.readouterr().out.splitlines()[2].split() == ["lone", "1", "92.00", "+0.99"]
+    assert capsys.readouterr().out.splitlines()[2].split() == [
+        *("lone", "1", "92.00", "+0.99,", "one", "seed", "each"),
+    ]
     for seed in range(2):
         write_run(Path(f"same/s{seed}"), 0.92)
     assert compare.main(["same", "alone"]) == 0  # seeds that happen to be equal
@@ -88,6 +99,8 @@ def test_mistakes_are_one_line(folders, capsys):
 
     assert "--out a.gif: the file name must end in .png" in error("still", "--out", "a.gif")
     assert "nowhere/summary.json does not exist" in error("still", "nowhere")
+    for twice in (["still", "still"], ["still", "moved", "still/s0"]):
+        assert "still/s0 is given twice" in error(*twice)
     write_run(Path("held"), 0.9, tested_on="5,000 held-out training images")
     expected = "still is on 60 images, test split, but held on 60 images, 5,000 held-out training "
     assert f"{expected}images; compare runs on the same" in error("still", "moved", "held")

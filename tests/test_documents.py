@@ -17,6 +17,9 @@ def test_the_examples_in_python_run(tmp_path, monkeypatch, images):
     pytest.importorskip("onnxruntime", reason="pip install -r requirements-extra.txt")
     monkeypatch.chdir(tmp_path)
     Path("trained").symlink_to(ROOT / "trained")
+    for number in range(6):
+        Path("photos/cat").mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (50 + number, 40)).save(f"photos/cat/{number}.webp")
     exif = Image.Exif()
     exif[274] = 6  # held upright, stored sideways
     Image.linear_gradient("L").crop((0, 0, 256, 200)).convert("RGB").save("photo.jpg", exif=exif)
@@ -28,6 +31,10 @@ def test_the_examples_in_python_run(tmp_path, monkeypatch, images):
             if "probabilities" in found:
                 assert found.pop("probabilities").shape == (1, 10)
                 given.append(found["pixels"].astype(int))
+    assert [len(list(Path("mine", split, "cat").iterdir())) for split in ("train", "test")] == [
+        4,
+        2,
+    ]
     assert np.abs(given[0] - given[1]).max() < 9
     assert found["inputs"].shape == (len(images) % 256, 3, 32, 32)
 

@@ -107,7 +107,7 @@ def without(prefix):
 
 
 BAD_MEMBERS = {
-    "no test split": (without("test"), "no images in test"),
+    "no test split": (without("test"), "it must hold train/<class>/ and test/<class>/"),
     "different classes": (without("test/dog"), "dog"),
     "one class": ({n: b for n, b in files().items() if "dog" not in n}, "only one class, cat"),
     "too large": (files() | {"train/cat/big.png": png((0, 0, 0), (33, 32))}, "big.png is 33×32"),
@@ -136,6 +136,12 @@ def test_a_folder_whose_name_no_file_could_hold(tmp_path, monkeypatch):
     monkeypatch.chdir(write_folder(tmp_path / "p\udcffts", files()))
     with pytest.raises(UserError, match=r"its name, 'p\\udcffts', is unprintable; rename it"):
         load(Path("."))
+
+
+def test_the_files_of_cifar10_have_a_flag_of_their_own(tmp_path):
+    folder = write_folder(tmp_path / "cifar-10-batches-py", {"data_batch_1": b""})
+    with pytest.raises(UserError, match=f"are read by --data cifar10 --data-dir {tmp_path}$"):
+        load(folder)
 
 
 def test_images_of_one_colour_cannot_be_normalised(tmp_path):

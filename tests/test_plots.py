@@ -74,9 +74,10 @@ def test_mistakes(tmp_path, monkeypatch, wrong):
     _, shown, captions, title = grid.call_args.args
     assert len(shown) == len(captions) == min(wrong, 32)
     assert title.startswith(f"{wrong} of 50")
+    assert ("the most confident ones" in title) == (wrong > 0)
     if wrong:
         assert (shown[0] == images[wrong - 1]).all()
-        assert captions[0].startswith("cat\nas dog (")
+        assert captions[0].startswith(f"{wrong - 1}: cat\nas dog (")
     assert (tmp_path / "mistakes.png").exists()
 
 

@@ -130,6 +130,8 @@ def test_a_resumed_run_keeps_its_data(finished, tmp_path, capsys):
     assert train.main(["--resume", str(folder), "--data", str(path)]) == 2
     error = capsys.readouterr().err
     assert re.search(r"on 60 images \(CRC \w+\), not pets's 60 images \(CRC", error)
+    assert train.main(["--resume", str(folder), "--data", str(tmp_path / "gone")]) == 2
+    assert "; if the run's images have moved, say where: --data\n" in capsys.readouterr().err
     anew = ["--data-dir", str(tmp_path), "--workers", "0", "--device", "auto"]
     assert train.main(["--resume", str(folder), *anew]) == 0
     config = json.loads((folder / "config.json").read_text())
@@ -189,7 +191,8 @@ def test_before_its_first_checkpoint_too(finished, tmp_path, capsys, no_pictures
     assert train.main(["--resume", str(tmp_path / "run"), "--data", str(other)]) == 2
     error = capsys.readouterr().err
     assert "that run trains on 60 images" in error
-    assert error.endswith(f"; point --data at its own data set, {json.loads(config)['data']}\n")
+    name = json.loads(config)["data"]
+    assert error.endswith(f"; it can only continue on {name} as it was then\n")
     assert (tmp_path / "run/config.json").read_text() == config
     assert train.main(["--resume", str(tmp_path / "run")]) == 0
     assert checkpoint.load_config(tmp_path / "run")["flags"] == json.loads(config)["flags"]
@@ -259,7 +262,9 @@ def test_repeats(tmp_path, capsys, no_pictures):
         assert summary[key]["values"] == [one[key] for one in each]
     assert summary["versions"] == each[0]["versions"]
     assert [one["seed"] for one in each] == [3, 4]
-    assert "2 seeds" in capsys.readouterr().out
+    (said,) = re.findall("\n2 seeds: (.*)\n", capsys.readouterr().out)
+    assert said.endswith("(standard deviation) on synthetic, 50 held-out training images")
+    assert (summary["images"], summary["tested_on"]) == (each[1]["images"], each[1]["tested_on"])
     assert train.main([*arguments, "--seed", "9"]) == 2
     assert train.main([*SMALL, "--out", str(folder)]) == 2
     errors = capsys.readouterr().err.splitlines()

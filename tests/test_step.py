@@ -46,6 +46,17 @@ def test_what_the_net_sees():
     assert not torch.equal(seen(Policy()), seen(Policy()))
 
 
+@pytest.mark.parametrize("name", [name for name in vars(Policy()) if name.endswith("_p")])
+def test_every_probability_reaches_the_net(name, images):
+    none, limits = Policy(0, affine_p=0, cutout_p=0), {"brightness": 0.5, "rgb_shift": (90, 90, 90)}
+    unit = torch.zeros(3), torch.ones(3)
+    plain = step.prepared(images[:50], none, *unit)
+    assert torch.equal(plain, images[:50].float())
+    assert not torch.equal(
+        plain, step.prepared(images[:50], replace(none, **limits, **{name: 1}), *unit)
+    )
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_steps_lower_the_loss(precision):
     given = ["--schedule", "step", "--lr", "0.05", "--precision", precision]
