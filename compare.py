@@ -100,10 +100,8 @@ def main(argv: list[str]) -> None:
     summaries = {name: [*map(checkpoint.load_summary, each)] for name, each in runs.items()}
     histories = {name: [*map(checkpoint.load_history, each)] for name, each in runs.items()}
     refuse_other_images(summaries)
-    print(
-        table({name: [run["final_accuracy"] for run in each] for name, each in summaries.items()})
-    )
-    print(*differing_flags(runs), sep="\n")
+    accuracies = {n: [run["final_accuracy"] for run in each] for n, each in summaries.items()}
+    print("\n".join([table(accuracies), *differing_flags(runs)]))
     plots.comparison(args.out, histories)
     print(f"drawn: {args.out}")
 
