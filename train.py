@@ -87,9 +87,6 @@ def run_seeds(args: Namespace, argv: list[str], device: torch.device) -> None:
         command = config.get("command", command)  # the one that began the run
     if ranks.rank() == 0:
         print(f"data read in {seconds:.1f} s", file=sys.stderr)
-        if (steps := len(dataset.train_images) // args.batch_size) < 10:
-            few = f"warning: steps in an epoch: {steps}; a smaller --batch-size takes more"
-            print(few, file=sys.stderr)
     if args.repeat == 1:
         run(args, command, dataset, start)
     else:
@@ -171,6 +168,8 @@ def run(
             print(f"{folder} has already finished, after epoch {args.epochs}")
             return checkpoint.load_summary(folder)
         report.announce(facts, dataset, folder)
+        if steps < 10:
+            print(f"warning    steps in an epoch: {steps}; a smaller --batch-size takes more")
         if args.recipe is not None:
             print(report.describe_recipe(args))
         print(f"\n{report.HEADER}", flush=True)

@@ -256,11 +256,10 @@ def test_the_last_quarter_is_sharpness_aware(flag, radii, tmp_path, no_pictures,
 
 
 def test_few_steps_are_warned_of(finished, capsys, tmp_path, no_pictures):
-    warning = "warning: steps in an epoch: {}; a smaller --batch-size takes more"
-    assert warning.format(3) in (finished[0].parent / "stderr").read_text()
+    assert "\nwarning    steps in an epoch: 3; a smaller --batch-size takes more\n" in finished[1]
     short = ["--net", "net136k", "--epochs", "1", "--out", str(tmp_path / "run")]
     assert train.main([*SMALL, *short, "--batch-size", "6"]) == 0
-    assert "warning" not in capsys.readouterr().err
+    assert "warning" not in capsys.readouterr().out
 
 
 def test_what_a_run_does_not_need_is_not_imported(finished):
