@@ -132,6 +132,8 @@ def test_a_resumed_run_keeps_its_data(finished, tmp_path, capsys):
     assert re.search(r"on 60 images \(CRC \w+\), not pets's 60 images \(CRC", error)
     assert train.main(["--resume", str(folder), "--data", str(tmp_path / "gone")]) == 2
     assert "; if the run's images have moved, say where: --data\n" in capsys.readouterr().err
+    assert train.main(["--data", str(tmp_path / "gone")]) == 2
+    assert "moved" not in capsys.readouterr().err
     anew = ["--data-dir", str(tmp_path), "--workers", "0", "--device", "auto"]
     assert train.main(["--resume", str(folder), *anew]) == 0
     config = json.loads((folder / "config.json").read_text())
