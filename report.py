@@ -157,9 +157,9 @@ def write_card(folder: Path, summary: dict[str, Any], flags: dict[str, Any]) -> 
     """Write the model card, `card.md`: what was trained, how, on what, and how good it is."""
     shown = {k.replace("|", r"\|"): share for k, share in summary["class_accuracy"].items()}
     shares = "\n".join(f"| {name} | {share:.1%} |" for name, share in shown.items())
-    trained_on = f"{summary['device']}, {summary['precision']}"
+    device = f"{summary['device']}, {summary['precision']}"
     if summary["processes"] > 1:
-        trained_on += f", {summary['processes']} processes"
+        device += f", {summary['processes']} processes"
     given = ", ".join(f"`{key} {value}`" for key, value in flags.items() if value is not None)
     text = f"""# {summary["net"]} on {summary["data"]}
 
@@ -168,7 +168,7 @@ other images, sizes and cameras are untested.
 
 | | |
 |---|---|
-| images | {summary["images"]} |
+| trained on | {summary["images"]} |
 | accuracy on {summary["tested_on"]}, last epoch | {summary["final_accuracy"]:.2%} |
 | … averaged with the mirror image | {summary["flip_accuracy"]:.2%} |
 | … best epoch ({summary["best_epoch"]}) | {summary["best_accuracy"]:.2%} |
@@ -177,7 +177,7 @@ other images, sizes and cameras are untested.
 | theoretical receptive field | {summary["receptive_field"]} pixels |
 | epochs, seed | {summary["epochs"]}, {summary["seed"]} |
 | recipe | {summary["recipe"] or "train.py's own"} |
-| trained on | {trained_on}, {summary["total_seconds"]:.0f} s |
+| device | {device}, {summary["total_seconds"]:.0f} s |
 | versions | {", ".join(f"{k} {v}" for k, v in summary["versions"].items())} |
 
 ```

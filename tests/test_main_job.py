@@ -110,6 +110,8 @@ def test_the_card(finished):
         assert f"| {summary[fact]:,} |" in card
     assert summary["command"] in card
     assert "| epochs, seed | 2, 0 |" in card
+    assert "| trained on | 60 images (CRC " in card
+    assert "| accuracy on 50 held-out training images, last epoch |" in card
     assert f"| {summary['receptive_field']} pixels |" in card
     logits = np.load(folder / "predictions.npy").argmax(1)
     dataset = train.data.load("synthetic", None, torch.device("cpu"), 60, 50)
