@@ -73,6 +73,7 @@ def exit_status(job: Callable[[], int | None]) -> int:
     if isinstance(sys.stdout, io.TextIOWrapper):  # file names and terminals need not be UTF-8
         sys.stdout.reconfigure(errors="backslashreplace")
     previous = signal.signal(signal.SIGTERM, end)
+    # Each line below is a single write: torchrun's processes may end at the same time.
     try:
         status = job() or 0
         sys.stdout.flush()
@@ -81,7 +82,6 @@ def exit_status(job: Callable[[], int | None]) -> int:
         return 141
     except (UserError, OSError) as error:
         line = " ".join(str(error).split())  # a library's message may have several
-        # In a single write: torchrun's processes may fail at the same time.
         sys.stderr.write(f"error: {printable(line)}\n")
         return 2
     except (RuntimeError, MemoryError) as error:
@@ -90,10 +90,10 @@ def exit_status(job: Callable[[], int | None]) -> int:
         print("error: out of memory: free some memory or use another device", file=sys.stderr)
         return 2
     except KeyboardInterrupt as interrupt:
-        print(f"interrupted: {interrupt}".rstrip(": "), file=sys.stderr)
+        sys.stderr.write(f"interrupted: {interrupt}".rstrip(": ") + "\n")
         return 130
     except Terminated as terminated:
-        print(f"terminated: {terminated}".rstrip(": "), file=sys.stderr)
+        sys.stderr.write(f"terminated: {terminated}".rstrip(": ") + "\n")
         return 143
     finally:
         signal.signal(signal.SIGTERM, previous)

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
-from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -40,9 +39,17 @@ def joined(device: torch.device) -> Iterator[None]:
     backend, own = ("nccl", device) if device.type == "cuda" else ("gloo", None)
     patience = timedelta(hours=1)  # for the others, while process 0 downloads and decodes
     dist.init_process_group(backend, timeout=patience, device_id=own)
-    with Path(os.devnull).open("w") as nowhere, redirect_stdout(nowhere if rank() else sys.stdout):
-        yield
-    dist.destroy_process_group()
+    try:
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank() else sys.stdout):
+            yield
+    finally:  # after a mistake too: Gloo's threads, left running, may abort the process at its exit
+        if backend == "gloo" or sys.exception() is None:
+            dist.destroy_process_group()
+
+
+def lost(error: BaseException) -> bool:
+    """Whether another process, or the connection to it, is gone."""
+    return count() > 1 and (isinstance(error, dist.DistError) or "gloo/transport" in str(error))
 
 
 @contextmanager

@@ -106,9 +106,9 @@ def load_data(args: Namespace, device: torch.device) -> data.Dataset:
 
 def refuse_batch_size(args: Namespace, dataset: data.Dataset) -> None:
     if args.batch_size % ranks.count():
-        raise UserError(
-            f"--batch-size {args.batch_size}: use a multiple of {ranks.count()}, the process count"
-        )
+        way = "use a multiple" if args.resume is None else "resume with another number of them"
+        shared = f"cannot be shared by {ranks.count()} processes"
+        raise UserError(f"--batch-size {args.batch_size}: {shared}; {way}")
     if args.batch_size > len(dataset.train_images):
         raise UserError(
             f"--batch-size {args.batch_size}: {dataset.name} has only "
@@ -263,6 +263,8 @@ def ending_in_one_line(args: Namespace, device: torch.device, way_on: str) -> It
             raise UserError(
                 f"--workers {args.workers}: {said}; resume with --workers 0: {way_on}"
             ) from error
+        if ranks.lost(error):
+            raise UserError(f"another process has ended; {way_on}") from error
         if not is_out_of_memory(error):
             raise
         raise UserError(

@@ -175,6 +175,15 @@ def test_sigterm_to_one_process_ends_both(tmp_path, run):
     assert exit_codes(processes) == [143, 143]
 
 
+def test_a_killed_process_is_a_mistake_to_the_other(tmp_path, run):
+    folder = tmp_path / "run"
+    processes = joined(2, [*run, "--epochs", "400", "--out", folder], tmp_path)
+    wait_for(folder / "metrics.jsonl", processes[0].is_alive)
+    processes[1].kill()
+    assert exit_codes(processes) == [2, -9]  # an uncaught error would be 1
+    assert checkpoint.load(folder / "last.pt")["history"]
+
+
 @pytest.mark.slow
 def test_torchrun_and_a_process_that_dies(tmp_path, run):
     """torchrun ends the job with an error, and a single process resumes it."""
