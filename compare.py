@@ -73,14 +73,23 @@ def refuse_other_images(summaries: dict[str, list[dict[str, Any]]]) -> None:
         raise UserError(f"{name} is on {images}, but {other} on {others}; compare runs on the same")
 
 
-def differing_flags(runs: dict[str, list[Path]]) -> list[str]:
-    """A line for each name after the first: the flags that its first run has otherwise."""
-    used = {name: checkpoint.load_config(first)["flags"] for name, (first, *_) in runs.items()}
+def flags_of(runs: list[Path]) -> dict[str, Any]:
+    """The flags that the runs of a folder share. Raises UserError if one has others."""
+    beside = flags.OF_A_PLACE | {"seed", "repeat"}
+    configs = [checkpoint.load_config(run)["flags"] for run in runs]
+    own, *others = [{k: v for k, v in config.items() if k not in beside} for config in configs]
+    for run, other in zip(runs[1:], others, strict=True):
+        if other != own:
+            raise UserError(f"{run} has other flags than {runs[0]}; move it elsewhere")
+    return own
+
+
+def differing_flags(used: dict[str, dict[str, Any]]) -> list[str]:
+    """A line for each name after the first: its flags that the first has otherwise."""
     (first, known), *others = used.items()
     lines = []
     for name, own in others:
-        names = [key for key in own if key not in flags.OF_A_PLACE | {"seed", "repeat"}]
-        changed = [key for key in names if own[key] != known.get(key)]
+        changed = [key for key in own if own[key] != known.get(key)]
         said = ", ".join(f"{flags.option(key)} {own[key]} ({known.get(key)})" for key in changed)
         lines.append(f"{name}: {said or 'the same flags'}")
     return [f"Other flags, in brackets those of {first}:", *lines] if lines else []
@@ -100,8 +109,9 @@ def main(argv: list[str]) -> None:
     summaries = {name: [*map(checkpoint.load_summary, each)] for name, each in runs.items()}
     histories = {name: [*map(checkpoint.load_history, each)] for name, each in runs.items()}
     refuse_other_images(summaries)
+    used = {name: flags_of(each) for name, each in runs.items()}
     accuracies = {n: [run["final_accuracy"] for run in each] for n, each in summaries.items()}
-    print("\n".join([table(accuracies), *differing_flags(runs)]))
+    print("\n".join([table(accuracies), *differing_flags(used)]))
     plots.comparison(args.out, histories)
     print(f"drawn: {args.out}")
 

@@ -29,8 +29,8 @@ BATCH = 256
 
 
 def to_pixels(image: Image.Image) -> np.ndarray:
-    """RGB uint8 (32, 32, 3) of an image of any size and mode, its colours converted as in
-    training; of its central square, resized with anti-aliasing."""
+    """The central square of an image of any size and mode, converted to RGB as training images are
+    and resized with anti-aliasing: uint8 (32, 32, 3)."""
     rgb = to_rgb(image)
     return np.asarray(ImageOps.fit(rgb, (SIZE, SIZE), Image.Resampling.LANCZOS))
 

@@ -1,4 +1,5 @@
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -106,6 +107,9 @@ def test_mistakes_are_one_line(folders, capsys):
     assert f"{expected}images; compare runs on the same" in error("still", "moved", "held")
     write_run(Path("other"), 0.9, images="70 images")
     assert "but other on 70 images, test split" in error("still", "other")
+    write_run(Path("still/s11"), 0.9, {"sam": 0.0})
+    assert "still/s11 has other flags than still/s0; move it elsewhere" in error("still", "alone")
+    shutil.rmtree("still/s11")
     Path("moved/config.json").touch()
     assert "moved has not finished: train.py --resume moved continues it" in error("still", "moved")
     Path("moved/config.json").unlink()
