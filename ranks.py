@@ -42,6 +42,10 @@ def joined(device: torch.device) -> Iterator[None]:
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank() else sys.stdout):
             yield
+    except RuntimeError as error:
+        if not lost(error):
+            raise
+        raise UserError("another process has ended; start again, all of them") from error
     finally:  # after a mistake too: Gloo's threads, left running, may abort the process at its exit
         if backend == "gloo" or sys.exception() is None:
             dist.destroy_process_group()

@@ -23,6 +23,7 @@ import ranks
 import report
 import step
 import train
+from common import UserError
 
 CPU = torch.device("cpu")
 RUN = ["--device", "cpu", "--batch-size", "40", "--epochs", "4", "--lr", "0.1"]
@@ -134,6 +135,24 @@ def test_process_0_goes_first(monkeypatch):
             seen.append(("first", "second")[rank])
         assert seen == expected
         seen.clear()
+
+
+@pytest.mark.parametrize(
+    ("error", "ends_as"),
+    [
+        (RuntimeError("[../gloo/transport/tcp/pair.cc] Connection closed by peer"), UserError),
+        (torch.distributed.DistBackendError("NCCL communicator was aborted"), UserError),
+        (RuntimeError("an error of our own"), RuntimeError),
+    ],
+)
+def test_a_process_lost_before_the_first_epoch(error, ends_as, monkeypatch):
+    """Such as one killed while another decodes the images."""
+    monkeypatch.setattr(ranks.dist, "is_torchelastic_launched", lambda: True)
+    monkeypatch.setattr(ranks.dist, "init_process_group", lambda *_, **__: None)
+    monkeypatch.setattr(ranks.dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(ranks, "count", lambda: 2)
+    with pytest.raises(ends_as), ranks.joined(CPU):
+        raise error
 
 
 def test_the_others_hear_of_a_full_disk(monkeypatch):
