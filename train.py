@@ -78,7 +78,8 @@ def run_seeds(args: Namespace, argv: list[str], device: torch.device) -> None:
         raise UserError(f"--data {args.data}: the processes read different images; try again")
     seconds = time.perf_counter() - start
     refuse_batch_size(args, dataset)
-    command = shlex.join(["python", "train.py", *argv])
+    several = ["torchrun", f"--nproc-per-node={ranks.count()}"]
+    command = shlex.join([*(several if ranks.count() > 1 else ["python"]), "train.py", *argv])
     if not args.resume:
         refuse_existing(run_folder(args, dataset.name))
     else:

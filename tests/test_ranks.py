@@ -103,6 +103,7 @@ def test_the_accuracy_is_that_of_one_process(pair, run):
     assert lines(pair[0] / "run")[-1]["test_accuracy"] == expected
     summary = json.loads((pair[0] / "run/summary.json").read_text())
     assert (summary["final_accuracy"], summary["processes"]) == (expected, 2)
+    assert summary["command"].startswith("torchrun --nproc-per-node=2 train.py --device cpu")
     assert ", 2 processes, " in (pair[0] / "run/card.md").read_text()
 
 
