@@ -109,7 +109,7 @@ def mirroring(weight: np.ndarray) -> int | None:
 def to_int8(model: bytes, images: np.ndarray) -> bytes:
     """`model` with int8 weights and activations, by onnxruntime's static quantisation, calibrated
     on `images` uint8 (N, 3, 32, 32). Weights have 7 bits: a CPU without VNNI adds two products in
-    16 bits, which 8-bit weights would overflow."""
+    16 bits, which 8-bit weights would overflow (accuracy 89.53 %, not 92.03)."""
     import onnx
     from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process

@@ -2,6 +2,9 @@
 
 Each holds the whole data set and computes its share of every batch; the gradients are averaged.
 BatchNorm normalises by each process's own share. With one process, all of this does nothing.
+Processes on several machines need the run's folder in common. torchrun kills its processes 30 s
+after SIGTERM, and an epoch that needs longer is trained again; it adds lines of its own to those of
+a mistake, and exits with 1.
 """
 
 import os
