@@ -88,28 +88,24 @@ def trace(module: nn.Module, input_shape: tuple[int, int, int] = (3, 32, 32)) ->
     """
     graph = _graph_of(module, input_shape)
     fields: dict[fx.Node, Fields | None] = {}  # None: no longer a map, its layout is lost
-    layers, pooled = [], []
+    layers, sliding = [], []
     for node in graph.graph.nodes:
+        sliding += [n for n in node.all_input_nodes if _slides(fields[n])]
         if node.op == "placeholder":
             start = Field({1: (0, 0)})
             fields[node] = start, start
-        elif node.op == "output":
-            pooled = [n for n in node.all_input_nodes if _slides(fields[n])] or pooled
-        else:
+        elif node.op != "output":
             target = graph.get_submodule(node.target) if node.op == "call_module" else node.target
             try:
                 fields[node] = _fields_behind(node, target, fields, input_shape)
             except (TypeError, ValueError) as error:  # a computed argument, such as x.size(2)
                 raise _unaccounted(node, target) from error
-            sliding = [n for n in node.all_input_nodes if _slides(fields[n])]
-            if sliding and _shape(node) is not None and not _slides(fields[node]):
-                pooled.append(sliding[-1])
             if node.all_input_nodes and _is_layer(node, target):
                 layers.append(_layer(node, target, fields[node]))
-    if not pooled:
+    if not sliding:
         raise UserError("receptive field: the net's output does not depend on its input's pixels")
-    # The largest; among equals, the last.
-    last = max(reversed(pooled), key=lambda n: max(_size(fields[n], _shape(n))))
+    # The largest; among equals, the last used, which enters the global pooling.
+    last = max(reversed(sliding), key=lambda n: max(_size(fields[n], _shape(n))))
     features, both = (_returning(graph, last.name, and_output) for and_output in (False, True))
     return Trace(layers, _size(fields[last], _shape(last)), fields[last], features, both)
 
@@ -121,6 +117,8 @@ def _graph_of(module: nn.Module, input_shape: tuple[int, int, int]) -> fx.GraphM
         if Tracer().is_leaf_module(module, ""):
             module = nn.Sequential(module)  # tracing enters the root, even a lone Conv2d
         graph = fx.GraphModule(module, Tracer().trace(module))
+        graph.graph.eliminate_dead_code()  # if it did something, in place, that is noticed below
+        graph.recompile()
         outputs = []
         with torch.no_grad(), torch.random.fork_rng([]), redirect_stderr(io.StringIO()):
             for run in (module, ShapeProp(graph).propagate):  # ShapeProp prints tracebacks
@@ -243,7 +241,7 @@ def _window(node: fx.Node, target: Any) -> tuple[tuple[int, int], ...] | None:
 def _pools_globally(node: fx.Node, target: Any) -> bool:
     if _reduces(node, target, {2, 3}):
         return True
-    if isinstance(target, nn.Conv2d) or "pool" not in _name(target).lower():
+    if "pool" not in _name(target).lower():
         return False
     window, whole = _window(node, target), _shape(node.all_input_nodes[0])[2:]
     return window is not None and window[0] == whole and window[3] == (0, 0)

@@ -190,10 +190,7 @@ UNACCOUNTED = {
     "avg_pool2d": lambda m, x: F.avg_pool2d(m.a(x), x.size(2)),
     "lp_pool2d": lambda m, x: m.b(F.lp_pool2d(m.a(x), 2, 2)),
     "mean.?": lambda m, x: F.conv1d(m.a(x).mean(2), m.b.weight[:, :, 0]),
-    "add_": added_in_place,
     "add_.*": added_in_place_and_used,
-    "add_.?": part_added_in_place,
-    "add": added_out_of_place,
 }
 
 
@@ -230,3 +227,28 @@ def test_what_cannot_be_traced():
         receptive_field(nn.Conv2d(4, 4, 3))
     with pytest.raises(UserError, match="does not depend"):
         receptive_field(Wrap(lambda m, x: m.a.weight, conv(3, 3, 3)))
+
+
+def relu_in_place(m, x):
+    x = m.a(x)
+    F.relu(x, inplace=True)
+    return x
+
+
+@pytest.mark.parametrize(
+    "function", [relu_in_place, added_in_place, part_added_in_place, added_out_of_place]
+)
+def test_a_result_in_place_that_nobody_takes(function):
+    with pytest.raises(UserError, match="its graph computes something else"):
+        trace(Wrap(function, conv(3, 4, 3), conv(4, 4, 9)))
+
+
+def test_a_branch_that_nobody_uses():
+    def forward(module, x):
+        x = module.a(x)
+        module.b(x).mean((2, 3))
+        return x.mean((2, 3))
+
+    traced = trace(Wrap(forward, nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 9)))
+    assert traced.receptive_field == (3, 3)
+    assert [layer.name for layer in traced.layers] == ["a"]
