@@ -93,9 +93,8 @@ def sample(policy: Policy, count: int, size: int, device: torch.device) -> Param
 
 def sample_colours(policy: Policy, count: int, device: torch.device) -> Colours:
     """Colour changes for `count` images, from the device's default generator."""
-    # Filled on the device: torch.tensor would make the host wait for it.
-    limits = torch.stack([torch.full((), v, device=device) for v in policy.rgb_shift])
-    shift = (_symmetric((count, 3), device) * limits).trunc()
+    channels = zip(_symmetric((count, 3), device).unbind(1), policy.rgb_shift, strict=True)
+    shift = torch.stack([draw * limit for draw, limit in channels], dim=1).trunc()
     drawn = _drawn(policy.brightness_contrast_p, count, device)
     return Colours(
         rgb_shift=shift * _drawn(policy.rgb_shift_p, count, device).unsqueeze(1),

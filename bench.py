@@ -266,14 +266,16 @@ def bench_startup(args: Namespace) -> None:
 
 def bench_trainings(args: Namespace) -> None:
     """Train each variant in turn; report their accuracies and seconds, and draw both."""
-    rows = trials.train_all(args.variants(args), args)
+    import plots
+
+    rows, histories = trials.train_all(args.variants(args), args)
     first, name = rows[0]["runs"][0], args.variants.__name__
     seeds = f"{args.repeat} seeds" if args.repeat > 1 else "one seed"
     title = f"{name} on {first['data']}, {seeds}"
     print(f"\n{title}; {first['device']}, {first['precision']}\n{trials.table(rows)}")
     figures = {"title": title, "data": first["data"], name: rows}
     path = write(name, first["device"], args.command, figures)
-    trials.draw(path.with_suffix(".png"), rows, args)
+    plots.comparison(path.with_suffix(".png"), histories)
 
 
 def write(name: str, device: str, command: str, figures: dict[str, Any]) -> Path:

@@ -1,4 +1,4 @@
-"""How a command ends, and files written whole or not at all."""
+"""What every command shares: how it ends, its flags' types, files written whole or not at all."""
 
 import argparse
 import importlib.util

@@ -64,11 +64,11 @@ class _Depthwise(torch.autograd.Function):
             _slide(dy, weight, dx, ctx.window, transposed=True)
         if ctx.needs_input_grad[1]:
             n, out = len(x), dy.shape[-1]
-            partial = x.new_empty(n, *weight.shape, dtype=torch.float32)
+            sums = x.new_empty(n, *weight.shape, dtype=torch.float32)
             pixels = triton.next_power_of_2(out * out)
             grid = n, triton.cdiv(ctx.window["C"], 32)
-            _taps[grid](x, dy, partial, x.shape[-1], out, **ctx.window, PIXELS=pixels)
-            dw = partial.sum(0).T.unflatten(1, (1, ctx.window["K"], -1)).to(weight.dtype)
+            _taps[grid](x, dy, sums, x.shape[-1], out, **ctx.window, PIXELS=pixels)
+            dw = sums.sum(0).T.unflatten(1, (1, ctx.window["K"], -1)).to(weight.dtype)
         return dx, dw, None, None, None
 
 

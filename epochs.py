@@ -6,6 +6,7 @@ import time
 from argparse import Namespace
 from collections.abc import Iterator
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 
 import torch
@@ -121,20 +122,19 @@ def run_epochs(training: Training, dataset: data.Dataset, args: Namespace, folde
         tqdm(**span, unit="step", leave=False, disable=quiet) as bar,
         noting_sigterm() as asked_to_end,
     ):
-        radius = None
-        while len(training.history) < args.epochs:
-            wanted = sam_radius(args, len(training.history) + 1)
-            if radius != wanted:
-                radius, begun = wanted, time.perf_counter()
-                take_step = None  # frees a CUDA graph's memory before the next is captured
-                take_step = step.make_step(training, dataset, args, radius)
-                training.elapsed += time.perf_counter() - begun
+        ahead = range(len(training.history) + 1, args.epochs + 1)
+        for radius, stage in groupby(ahead, partial(sam_radius, args)):
+            begun = time.perf_counter()
+            take_step = None  # frees a CUDA graph's memory before the next is captured
+            take_step = step.make_step(training, dataset, args, radius)
+            training.elapsed += time.perf_counter() - begun
             if not training.history:
                 training.prepared = training.elapsed
-            run_epoch(training, take_step, dataset, args, bar)
-            ranks.by_main(partial(keep, training, args, folder))
-            if any(ranks.gathered(asked_to_end.is_set())):
-                raise Terminated
+            for _ in stage:
+                run_epoch(training, take_step, dataset, args, bar)
+                ranks.by_main(partial(keep, training, args, folder))
+                if any(ranks.gathered(asked_to_end.is_set())):
+                    raise Terminated
 
 
 def keep(training: Training, args: Namespace, folder: Path) -> None:

@@ -52,8 +52,7 @@ def to_onnx(classifier: Classifier, metadata: dict[str, str]) -> bytes:
         (images,),
         input_names=["images"],
         output_names=["probabilities"],
-        dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-        dynamo=True,
+        dynamic_shapes=({0: "batch"},),
         verbose=False,
     )
     model = program.model_proto
@@ -121,9 +120,8 @@ def to_int8(model: bytes, images: np.ndarray) -> bytes:
             return next(({"images": batch} for batch in batches), None)
 
     with tempfile.TemporaryDirectory() as folder:
-        source, prepared, quantised = (Path(folder, f"{name}.onnx") for name in "abc")
-        source.write_bytes(model)
-        quant_pre_process(source, prepared)
+        prepared, quantised = Path(folder, "prepared.onnx"), Path(folder, "quantised.onnx")
+        quant_pre_process(onnx.load_from_string(model), prepared)
         quantize_static(
             prepared,
             quantised,

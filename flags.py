@@ -128,8 +128,7 @@ def parse_flags(argv: list[str]) -> Namespace:
                 raise UserError(f"{option(given[0])} does nothing alone: set {option(missing)} too")
         return args
     flags = flags_of_run(Path(args.resume), parser)
-    parser.set_defaults(**flags)
-    args = parser.parse_args(argv)
+    args = parser.parse_args([*spelled(flags), *argv])
     for name, value in vars(args).items():
         if name not in MAY_CHANGE and value != flags[name]:
             raise UserError(

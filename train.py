@@ -158,16 +158,15 @@ def run(
     folder = run_folder(args, dataset.name)
     way_on = way_on or going_on(folder)
     with alone_in(folder), ending_in_one_line(args, device, way_on):
+        if (folder / "summary.json").exists():
+            note_source(folder, dataset, args)
+            print(f"{folder} has already finished, after epoch {args.epochs}")
+            return checkpoint.load_summary(folder)
         if (folder / "last.pt").exists():
             resume(training, folder, dataset, args)
             start -= training.elapsed
-        elif not (folder / "summary.json").exists():
-            write_config(folder, {"flags": vars(args) | {"resume": None}, **facts})
         else:
-            note_source(folder, dataset, args)
-        if (folder / "summary.json").exists():
-            print(f"{folder} has already finished, after epoch {args.epochs}")
-            return checkpoint.load_summary(folder)
+            write_config(folder, {"flags": vars(args) | {"resume": None}, **facts})
         report.announce(facts, dataset, folder)
         if steps < 10:
             print(f"warning    steps in an epoch: {steps}; a smaller --batch-size takes more")

@@ -12,6 +12,7 @@ import train
 import zoo
 from common import Terminated, UserError
 
+History = list[dict[str, Any]]  # of a run: its epochs
 INGREDIENTS = {  # the flags that leave each out of train.py's recipe
     "the default": [],
     "no flip": ["--flip-p", "0"],
@@ -48,23 +49,23 @@ def lengths(args: Namespace) -> dict[str, list[str]]:
     return {f"{epochs} epochs": ["--epochs", str(epochs)] for epochs in args.epochs}
 
 
-def train_all(variants: dict[str, list[str]], args: Namespace) -> list[dict[str, Any]]:
-    """Train each variant with `--repeat` seeds. Returns a row for each.
+def train_all(
+    variants: dict[str, list[str]], args: Namespace
+) -> tuple[list[dict[str, Any]], dict[str, list[History]]]:
+    """Train each variant with `--repeat` seeds. Returns a row for each, and its seeds' histories.
 
     The runs lie in DIR/<variant>/s<seed>; one that exists already is resumed, not repeated.
     """
-    rows = []
+    rows, histories = [], {}
     for name, given in variants.items():
-        folders = [seed_folder(args, name, seed) for seed in range(args.repeat)]
+        base = Path(args.out, name.replace(" ", "-"))
+        folders = [base / f"s{seed}" for seed in range(args.repeat)]
         for seed, folder in enumerate(folders):
             print(f"\n{name}, seed {seed}", flush=True)
             train_one([*given, "--seed", str(seed)], folder, args)
-        rows.append({"name": name} | row_of(folders))
-    return rows
-
-
-def seed_folder(args: Namespace, name: str, seed: int) -> Path:
-    return Path(args.out) / name.replace(" ", "-") / f"s{seed}"
+        histories[name] = [*map(checkpoint.load_history, folders)]
+        rows.append({"name": name} | row_of(folders, histories[name]))
+    return rows, histories
 
 
 def train_one(given: list[str], folder: Path, args: Namespace) -> None:
@@ -89,10 +90,10 @@ def refuse_another(folder: Path, wanted: Namespace) -> None:
             )
 
 
-def row_of(folders: list[Path]) -> dict[str, Any]:
+def row_of(folders: list[Path], histories: list[History]) -> dict[str, Any]:
     """One variant's runs as a row; accuracies are fractions, sd None for one seed."""
     runs = [checkpoint.load_summary(folder) for folder in folders]
-    seconds = [line["seconds"] for folder in folders for line in checkpoint.load_history(folder)]
+    seconds = [line["seconds"] for history in histories for line in history]
     row = {
         key: runs[0][key]
         for key in ("net", "parameters", "multiply_adds", "receptive_field", "epochs")
@@ -121,13 +122,3 @@ def table(rows: list[dict[str, Any]]) -> str:
         for row in rows
     ]
     return "\n".join(lines)
-
-
-def draw(path: Path, rows: list[dict[str, Any]], args: Namespace) -> None:
-    """Test accuracy of each row against epochs and seconds."""
-    import plots
-
-    names, seeds = [row["name"] for row in rows], range(args.repeat)
-    folders = {name: [seed_folder(args, name, seed) for seed in seeds] for name in names}
-    histories = {name: [*map(checkpoint.load_history, runs)] for name, runs in folders.items()}
-    plots.comparison(path, histories)

@@ -170,6 +170,7 @@ def test_a_resumed_run_keeps_its_images_and_labels(tmp_path, no_pictures, capsys
 
 def test_the_checkpoint_of_another_run(finished, tmp_path, capsys):
     folder = shutil.copytree(finished[0], tmp_path / "run")
+    (folder / "summary.json").unlink()
     config = json.loads((folder / "config.json").read_text())
     for flag, value in {"epochs": 4, "seed": 7, "lr": 0.3}.items():
         other = config | {"flags": config["flags"] | {flag: value}}
