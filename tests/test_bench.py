@@ -82,14 +82,18 @@ def test_an_epoch_and_its_phases(arguments, briefly, tmp_path, capsys, monkeypat
     match = re.match(r"seconds for 50,000 images, net136k on pets, (bf16|fp32); CPU", title)
     assert [len(row) for row in rows] == [len(heading)] * 2
     content = result(tmp_path, "epoch-net136k")
+    layers, dtype = trace(build("net136k", 2)).layers, bench.step.DTYPES[match[1]]
+    ceilings = bench.measure.Ceilings(**content["ceilings"])
     for row, batch, said in zip(content["batch_sizes"], (32, 64), rows, strict=True):
         assert f" {row['epoch_seconds'] / row['floor_seconds']:5.1f} × " in said
         assert row["batch_size"] == batch
         assert row["epoch_seconds"] == 50_000 / batch / 2
         phases = ["gather", "augment", "forward", "backward", "optimiser"]
         assert row["phases_seconds"] == dict.fromkeys(phases, 50.0)
-        assert row["floor_seconds"] > 0
+        floor = bench.measure.floor_seconds(layers, batch, dtype, ceilings)
+        assert row["floor_seconds"] == 50_000 / batch * floor
         assert row["peak_memory_bytes"] > 2**27
+        assert said.endswith(f" {row['peak_memory_bytes'] / 2**20:,.0f} MiB")
     ways = content["ways_epoch_seconds"]
     assert next(iter(ways)) == "ours"
     others = {"ours, sharpness-aware", "albumentations, 2 workers", "plain loop, fp32"}
@@ -145,8 +149,11 @@ def test_a_net_that_begins_with_a_pooling(arguments, briefly, tmp_path, monkeypa
 
 def test_what_a_step_is_made_of(arguments, briefly, tmp_path, capsys):
     assert bench.main(["kernels", *arguments[1:3], "--net", "net136k", "--device", "cpu"]) == 0
-    assert max(map(len, capsys.readouterr().out.splitlines()[2:-1])) <= 80
+    *said, total, _ = capsys.readouterr().out.splitlines()[2:]
+    assert max(map(len, [*said, total])) <= 80
     content = result(tmp_path, "kernels-net136k")
+    seconds = sum(row["seconds"] for row in content["kernels"])
+    assert total == f"{1e6 * seconds:9.1f}         in total; a step takes 500000.0 µs"
     assert content["step_seconds"] == 1 / 2
     rows = content["kernels"]
     norms = sum(layer.kind == "BatchNorm2d" for layer in trace(build("net136k", 10)).layers)
@@ -158,12 +165,16 @@ def test_what_a_step_is_made_of(arguments, briefly, tmp_path, capsys):
     assert rows == sorted(rows, key=lambda row: -row["seconds"])
 
 
-def test_augmentations(arguments, briefly, tmp_path, capsys):
+def test_augmentations(arguments, briefly, tmp_path, capsys, monkeypatch):
     pytest.importorskip("kornia", reason="pip install -r requirements-extra.txt")
+    rates = bench.measure.rates
+    monkeypatch.setattr(bench.measure, "rates", lambda *of, **how: rates(*of, **how) | {"ours": 4})
     assert bench.main(["augment", *arguments[1:3], "--device", "cpu"]) == 0
-    content = result(tmp_path, "augment")
-    assert len(content["images_per_second"]) == len(capsys.readouterr().out.splitlines()) - 3
-    assert set(content["images_per_second"].values()) == {2 * 32}
+    _, _, ours, *others, _ = capsys.readouterr().out.splitlines()
+    assert re.fullmatch("ours +128 images/s +1.0 × our time", ours)
+    assert all(re.search(" 64 images/s +2.0 × our time$", other) for other in others)
+    rates = result(tmp_path, "augment")["images_per_second"]
+    assert [*rates.values()] == [4 * 32, *[2 * 32] * len(others)]
 
 
 def test_a_missing_package_is_one_line(monkeypatch, capsys):
@@ -274,12 +285,14 @@ def test_all_but_one_ingredient(arguments, tmp_path, capsys):
 
 def test_lengths(arguments, tmp_path, monkeypatch):
     monkeypatch.setattr("plots.comparison", drawn := Mock(wraps=plots.comparison))
-    assert bench.main(["lengths", *arguments[1:3], "--epochs", "1", "2", *arguments[5:]]) == 0
+    assert bench.main(["lengths", *arguments[1:3], "--epochs", "1", "3", *arguments[5:]]) == 0
     rows = result(tmp_path, "lengths")["lengths"]
-    assert [row["epochs"] for row in rows] == [1, 2]
-    assert [len(row["runs"]) for row in rows] == [1, 1]
+    assert [row["epochs"] for row in rows] == [1, 3]
+    assert [(len(row["runs"]), row["final_accuracy"]["sd"]) for row in rows] == [(1, None)] * 2
     histories = drawn.call_args.args[1].values()
-    assert [[len(seed) for seed in seeds] for seeds in histories] == [[1], [2]]
+    assert [[len(seed) for seed in seeds] for seeds in histories] == [[1], [3]]
+    *_, ((*epochs,),) = histories
+    assert rows[1]["median_epoch_seconds"] == sorted(line["seconds"] for line in epochs)[1]
     (picture,) = (tmp_path / "results").glob("lengths-*.png")
     assert picture.stat().st_size > 10_000
 
@@ -299,3 +312,7 @@ def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ")
     assert not Path("runs/nets").exists()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    for what in ("nets", "layers", "augment"):
+        assert bench.main([what, "--data", "missing.tar", "--device", "cuda"]) == 2
+        assert "--device cuda: not available here" in capsys.readouterr().err

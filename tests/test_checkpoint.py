@@ -145,6 +145,9 @@ def test_a_summary_of_nothing_is_damaged(tmp_path):
     way = f"delete {tmp_path}/summary.json, then train.py --resume {tmp_path} continues"
     with pytest.raises(UserError, match=f"is damaged: images is missing; {way}"):
         checkpoint.load_summary(tmp_path)
+    (tmp_path / "summary.json").write_text('{"images": "", "tested_on": "", "final_accuracy": 1}')
+    with pytest.raises(UserError, match="is damaged: versions is missing"):
+        checkpoint.load_summary(tmp_path)
 
 
 @pytest.mark.parametrize(("ahead", "other"), [(1, "a newer"), (-1, "an older")])

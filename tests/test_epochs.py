@@ -95,12 +95,16 @@ def test_no_value_is_asked_of_a_gpu_for_batches_and_logits(colours, dataset, mon
     assert logits.is_cuda
 
 
-def test_an_epochs_figures_are_those_of_its_steps(dataset):
+@pytest.mark.parametrize("processes", [1, 2])
+def test_an_epochs_figures_are_those_of_its_steps(processes, dataset, monkeypatch):
+    monkeypatch.setattr(epochs.ranks, "count", lambda: processes)
+    monkeypatch.setattr(epochs.ranks, "total", lambda figures: processes * figures)
     args = flags.parse_flags(["--batch-size", "8"])
     training = make_training(nn.Conv2d(3, 4, 3), args, torch.device("cpu"), 7)
     training.optimizer.step()
     training.net.eval()  # as every evaluation leaves it
-    figures = iter(torch.tensor([[loss, 4, loss == 3] for loss in range(1, 8)], dtype=torch.float))
+    right = 4 / processes
+    figures = iter(torch.tensor([[loss, right, loss == 3] for loss in range(1, 8)]))
     line = epochs.train_epoch(training, lambda *_: next(figures), dataset, args, bar := Mock())
     assert bar.update.call_count == 7
     assert training.net.training

@@ -1,7 +1,9 @@
 import importlib.util
 import io
 import json
+import timeit
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -115,6 +117,17 @@ def test_the_figures_it_prints(exported, printed):
         assert size == f"{file}: {file.stat().st_size / 1000:.0f} kB"
         assert accuracy == f"  {share:.2%} accuracy on the 200 test images of synthetic"
         assert seconds.startswith("  one CPU core: 1.0 ms for one image, 10,000 images/s in")
+
+
+def test_the_time_of_one_call_is_the_median_without_the_first(monkeypatch):
+    now, durations = 0, iter([99, 1, 1, 1, 1, 2, 3, 3, 3, 3])
+
+    def classify(_):
+        nonlocal now
+        now += next(durations)
+
+    monkeypatch.setattr(timeit, "repeat", partial(timeit.repeat, timer=lambda: now))
+    assert export.median_seconds(classify, None) == 2
 
 
 def test_what_calibrates_is_of_every_class_in_whatever_order():

@@ -60,7 +60,7 @@ def test_what_a_resumed_run_may_be_given_anew():
 
 def test_flags_reach_the_step(tmp_path, monkeypatch, no_pictures):
     monkeypatch.setattr(step, "train_step", taken := Mock(wraps=step.train_step))
-    given = ["--net", "net136k", "--dropout", "0.3", "--precision", "bf16", "--epochs", "1"]
+    given = ["--dropout", "0.3", "--precision", "bf16", "--epochs", "1"]
     given += ["--label-smoothing", "0.2", "--train-images", "20", "--batch-size", "10"]
     given += ["--out", str(tmp_path / "run")]
     assert train.main([*SMALL, *given]) == 0

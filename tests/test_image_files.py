@@ -32,7 +32,9 @@ def test_cache_is_used_until_the_source_changes(tmp_path, monkeypatch):
     load(folder)
     (folder / "train/cat/new.png").write_bytes(png((1, 2, 3)))
     assert len(load(folder).train_images) == 9
-    os.utime(folder / "train/cat/new.png", (0, 0))  # another image of as many bytes, say
+    (folder / "train/cat/new.png").rename(folder / "train/dog/-.png")  # in the same order
+    assert load(folder).train_labels.tolist() == [0] * 4 + [1] * 5
+    os.utime(folder / "train/dog/-.png", (0, 0))  # another image of as many bytes, say
     monkeypatch.setattr(image_files, "_decode", Mock(side_effect=UserError("decoded again")))
     with pytest.raises(UserError, match="decoded again"):
         load(folder)
@@ -68,7 +70,7 @@ def test_images_of_any_mode_are_read_as_predict_reads_them(tmp_path):
     upper = Image.new("RGB", (32, 32))
     upper.paste("white", (0, 0, 32, 16))
     images = {
-        "cat/deep.png": Image.fromarray(np.full((32, 32), 257 * 99, np.uint16)),
+        "cat/deep.png": Image.fromarray(np.full((32, 32), 257 * 200, np.uint16)),
         "cat/dark.png": Image.fromarray(np.full((32, 32), 200, np.uint16)),
         "dog/clear.png": Image.new("RGBA", (32, 32), (0, 0, 0, 0)),
         "dog/deep and clear.png": Image.fromarray(np.full((32, 32), 7, np.uint16)),
@@ -82,7 +84,7 @@ def test_images_of_any_mode_are_read_as_predict_reads_them(tmp_path):
             **{"transparency": 7} if "deep and clear" in name else {},
         )
     read = load(folder).train_images  # by class, then name
-    assert read[:, 0, 4, 4].tolist() == [1, 99, 255, 255, 0]
+    assert read[:, 0, 4, 4].tolist() == [1, 200, 255, 255, 0]
     for pixels, name in zip(read, sorted(images), strict=True):
         with Image.open(folder / "train" / name) as image:
             assert np.array_equal(pixels.permute(1, 2, 0), to_pixels(image))

@@ -63,12 +63,16 @@ def test_freed_memory_is_kept():
 
 def test_the_best_device_and_its_precision(monkeypatch):
     gpu = torch.device("cuda", 0)
-    there = {"is_available": True, "device_count": 1, "set_device": None}
+    there = {"is_available": True, "device_count": 2}
     for name, answer in there.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, answer=answer: answer)
+    monkeypatch.setattr(torch.cuda, "set_device", taken := Mock())
     assert machine.choose_device("auto") == gpu
     with monkeypatch.context() as patch:
         patch.setenv("LOCAL_RANK", "1")  # a second process
+        assert machine.choose_device("cuda") == torch.device("cuda", 1)
+        taken.assert_called_with(1)
+        patch.setenv("LOCAL_RANK", "2")
         with pytest.raises(machine.UserError, match="more processes than GPUs"):
             machine.choose_device("cuda")
     for has_bf16, chosen in ((True, "bf16"), (False, "fp16")):

@@ -99,7 +99,7 @@ def test_when_the_target_is_reached(
     assert said in line
 
 
-def test_the_card(finished):
+def test_the_card(finished, tmp_path):
     folder, _ = finished
     summary = json.loads((folder / "summary.json").read_text())
     card = (folder / "card.md").read_text()
@@ -118,6 +118,11 @@ def test_the_card(finished):
     for index, name in enumerate(dataset.classes):
         share = (logits == index)[dataset.test_labels.numpy() == index].mean()
         assert f"| {name} | {share:.1%} |" in card
+    report.write_card(tmp_path, summary | {"total_seconds": 99, "best_epoch": 7}, {"seed": 0})
+    card = (tmp_path / "card.md").read_text()
+    assert ", 99 s |\n" in card
+    assert "| … best epoch (7) |" in card
+    assert card.endswith("All flags that have a value: `seed 0`.\n")
 
 
 def test_the_saved_net_predicts_what_the_run_did(finished):
@@ -156,24 +161,23 @@ def test_what_is_printed_when_piped(finished):
     assert "\r" not in printed
     assert "\x1b" not in printed
     assert max(len(row) for row in rows if str(folder) not in row) <= 100
-    for word in (
-        "device ",
-        "synthetic",
-        "parameters",
-        "receptive field",
-        "60 training images, 50 test",
+    for line in (
+        "device     CPU: ",
+        "data       synthetic: 60 training images, 50 test images\n",
+        "net        atrous: 186,858 parameters, receptive field 90, 52.1 M multiply-adds\n",
     ):
-        assert word in printed
+        assert line in printed
     table = rows[next(i for i, row in enumerate(rows) if row.startswith("epoch")) :][:3]
     assert len({len(row) for row in table}) == 1  # aligned
-    first, last = lines(folder)
-    assert [f"{first[key]:.2%}" for key in ("train_accuracy", "test_accuracy")] == [
-        word for word in table[1].split() if word.endswith("%")
-    ]
+    form = "{epoch} {lr:.5f} {train_loss:.4f} {train_accuracy:.2%} {test_loss:.4f} "
+    form += "{test_accuracy:.2%} {seconds:.2f} {images_per_second:,.0f}"
     for line, row in zip(lines(folder), table[1:], strict=True):
-        assert row.split()[2:5:2] == [f"{line[k]:.4f}" for k in ("train_loss", "test_loss")]
-    assert f"final test accuracy   {last['test_accuracy']:.2%} on synthetic, 50 held" in printed
-    assert "target 1.00%" in printed
+        assert row.split() == form.format(**line).split()
+    assert f"final test accuracy   {line['test_accuracy']:.2%} on synthetic, 50 held" in printed
+    summary = checkpoint.load_summary(folder)
+    assert f"\ntotal                 {summary['total_seconds']:.1f} s\n" in printed
+    reached = f"in epoch 1, {summary['target_reached']['seconds']:.1f} s from the first step"
+    assert f"\ntarget 1.00%          {reached}\n" in printed
 
 
 def test_another_seed_has_other_weights_and_another_order(tmp_path, no_pictures, monkeypatch):

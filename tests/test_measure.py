@@ -1,6 +1,8 @@
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -50,6 +52,15 @@ def test_rates_and_phases_are_medians_of_what_the_clock_says(monkeypatch):
     jobs = {name: lambda clock=clock: next(clock) for name, clock in clocks.items()}
     phases = {"first": (jobs["first"], 4), "second": (jobs["second"], 2)}
     assert measure.phase_seconds(phases, CPU, rounds=3) == {"first": 0.25, "second": 1.5}
+
+
+def test_kernels_are_counted_and_timed_per_job(monkeypatch):
+    event = Mock(device_type=measure.DeviceType.CPU, self_cpu_time_total=8e6)  # microseconds
+    event.name = "mm"
+    six = Mock(events=lambda: [event] * 6)
+    monkeypatch.setattr(measure, "profile", lambda **_: nullcontext(six))
+    expected = [{"name": "mm", "count": 2, "seconds": 16}]
+    assert measure.kernels(Mock(), CPU, rounds=3) == expected
 
 
 def test_the_floor_by_hand():

@@ -37,7 +37,8 @@ def test_curves(tmp_path, epochs, monkeypatch):
     assert is_picture(tmp_path / "curves.png")
     losses, accuracies = ("training", 1.0), ("training, as the net sees it", 50)
     seen = [(style.get("label"), y[0]) for (_, _, y), style in plot.call_args_list]
-    assert seen[:4] == [losses, ("test", 0.9), accuracies, ("test", 60)]
+    assert seen == [losses, ("test", 0.9), accuracies, ("test", 60), (None, 0.1)]
+    assert all(x == [*range(1, epochs + 1)] for (_, x, _), _ in plot.call_args_list)
 
 
 def test_the_examples_are_shown_in_their_colours(monkeypatch):
@@ -55,10 +56,13 @@ def test_confusion_counts_true_classes_in_rows(tmp_path, monkeypatch):
     monkeypatch.setattr(
         "matplotlib.axes.Axes.imshow", lambda self, share, **_: seen.update(share=share)
     )
+    written = spy_on(monkeypatch, Axes, "text")
     labels = np.array([0, 0, 0, 0, 1])
     logits = np.eye(2)[[0, 0, 0, 1, 1]]
     plots.confusion(tmp_path / "confusion.png", labels, logits, ["cat", "dog"])
     assert seen["share"].tolist() == [[75, 25], [0, 100]]
+    texts = [call.args[1:] for call in written.call_args_list]  # x, y
+    assert texts == [(0, 0, "75.0"), (1, 0, "25.0"), (0, 1, "0.0"), (1, 1, "100.0")]
     assert is_picture(tmp_path / "confusion.png")
 
 
@@ -77,7 +81,8 @@ def test_mistakes(tmp_path, monkeypatch, wrong):
     assert ("the most confident ones" in title) == (wrong > 0)
     if wrong:
         assert (shown[0] == images[wrong - 1]).all()
-        assert captions[0].startswith(f"{wrong - 1}: cat\nas dog (")
+        share = 1 / (1 + np.exp(-1 - 0.1 * (wrong - 1)))
+        assert captions[0] == f"{wrong - 1}: cat\nas dog ({share:.0%})"
     assert (tmp_path / "mistakes.png").exists()
 
 
@@ -90,9 +95,11 @@ def test_per_class_accuracy_and_calibration(tmp_path, monkeypatch):
     logits = np.log([[0.8, 0.2]] * 10)  # 80 % confident, 80 % correct
     plots.per_class(tmp_path / "classes.png", labels, logits, ["cat", "dog"])
     assert seen["t"] == "expected calibration error 0.0 points"
-    logits = np.log([[0.95, 0.05]] * 10)
+    plot = spy_on(monkeypatch, Axes, "plot")
+    logits = np.log([[0.95, 0.05]] * 6 + [[0.65, 0.35]] * 4)  # of these, half are correct
     plots.per_class(tmp_path / "classes.png", labels, logits, ["cat", "dog"])
-    assert seen["t"] == "expected calibration error 15.0 points"
+    assert seen["t"] == "expected calibration error 9.0 points"  # 0.6 · 5 + 0.4 · 15
+    assert np.round(plot.call_args.args[1:], 6).tolist() == [[65, 95], [50, 100]]
     assert is_picture(tmp_path / "classes.png")
 
 
@@ -151,15 +158,34 @@ def run(tmp_path, monkeypatch):
 def test_grad_cam_lights_up_what_was_predicted(run):
     dataset = checkpoint.load_data(run)
     dataset.classes[1] = "golden_retriever_dog"
-    other, (caption, image, cam, field) = plots.grad_cam_panels(run, dataset, [0, 1])
-    assert (other[1] == dataset.test_images[0].permute(1, 2, 0).numpy()).all()
+    (caption, image, cam, field), other = plots.grad_cam_panels(run, dataset, [1, 0])
+    assert (image == dataset.test_images[1].permute(1, 2, 0).numpy()).all()
     assert (other[2] != cam).any()
-    assert caption.endswith("as golden_retr…")
-    assert image.shape == (32, 32, 3)
+    assert dataset.test_labels[0] != dataset.test_labels[1]
+    assert caption == f"1: {dataset.classes[dataset.test_labels[1]]} as golden_retr…"
     assert cam[24:, 24:].min() > 0.9
     assert cam[:16].max() == cam[:, :16].max() == cam[0, 0]  # evenly dark elsewhere
     assert 0 <= cam[0, 0] < 0.5
     assert np.argwhere(field).tolist() == [[16, 16]]
+
+
+def test_each_overlay_is_under_its_title(tmp_path, monkeypatch):
+    shown, titled = (spy_on(monkeypatch, Axes, name) for name in ("imshow", "set_title"))
+    image, cam, field = np.zeros((32, 32, 3), np.uint8), np.zeros((32, 32)), np.ones((32, 32))
+    plots.grad_cam(tmp_path / "grad_cam.png", [("cat", image, cam, field)])
+    over = {call.args[0]: call.args[1] for call in shown.call_args_list}  # the last on each
+    under = {call.args[1]: over[call.args[0]] for call in titled.call_args_list}
+    assert under["Grad-CAM"] is cam
+    assert under["effective field, central unit"] is field
+
+
+def test_the_theoretical_field_is_where_it_lies(tmp_path, monkeypatch):
+    patches = spy_on(monkeypatch, Axes, "add_patch")
+    square = [(2, 42), (3, 41)]  # rows, columns
+    plots.effective_field(tmp_path / "field.png", np.ones((44, 44)), 6, square, "")
+    theory, image = (call.args[1] for call in patches.call_args_list)
+    assert (theory.get_xy(), theory.get_width(), theory.get_height()) == ((-3.5, -4.5), 39, 41)
+    assert (image.get_xy(), image.get_width(), image.get_height()) == ((-0.5, -0.5), 32, 32)
 
 
 def test_grad_cam_of_a_net_that_first_pools(run, monkeypatch):
@@ -188,7 +214,10 @@ def test_a_run_is_drawn_again(run, monkeypatch):
     titles, curves, shown, panels = [], plots.curves, [], plots.grad_cam_panels
     monkeypatch.setattr(plots, "grad_cam_panels", lambda *of: shown.append(of[2]) or panels(*of))
     monkeypatch.setattr(plots, "curves", lambda *args: titles.append(args[2]) or curves(*args))
+    mistakes = spy_on(monkeypatch, plots, "mistakes")
     assert plots.main([str(run)]) == 0
+    images = checkpoint.load_data(run).test_images.permute(0, 2, 3, 1).numpy()
+    assert np.array_equal(mistakes.call_args.args[1], images)
     (run / "config.json").write_text('{"flags": {"net": "atrous", "seed": 3, "holdout": 5000}}')
     for slow in ("confusion", "mistakes", "per_class"):
         monkeypatch.setattr(plots, slow, lambda *_: None)

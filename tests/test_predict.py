@@ -77,11 +77,8 @@ def pixels(image, **options):
 
 
 def test_what_the_net_gets():
-    assert pixels(Image.new("RGBA", (50, 50), (255, 0, 0, 0)))[5, 5].tolist() == [255] * 3  # white
     assert pixels(Image.new("L", (9, 9), 77))[5, 5].tolist() == [77] * 3
     assert pixels(Image.new("1", (9, 9), 1))[5, 5].tolist() == [255] * 3
-    deep = Image.fromarray(np.full((40, 40), 257 * 99, dtype=np.uint16))
-    assert pixels(deep)[5, 5].tolist() == [99] * 3
     for floats in (np.full((40, 40), 99.0), np.full((40, 40), 257 * 99.0)):
         image = Image.fromarray(floats.astype(np.float32))
         assert predict.to_pixels(image)[5, 5].tolist() == [99] * 3
@@ -240,8 +237,10 @@ def test_a_net_under_another_name(run, tmp_path, capsys):
     assert "nte.pt does not exist" in capsys.readouterr().err
 
 
-def test_mistakes_are_one_line(run, tmp_path, capsys):
+def test_mistakes_are_one_line(run, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for arguments in (
+        [str(run), "x", "--device", "cuda"],
         [str(run)],
         [str(tmp_path / "nowhere"), "x.png"],
         [str(run), "x", "--top", "0"],

@@ -42,7 +42,7 @@ def test_ended_and_resumed_is_as_if_nothing_had_been(
 
     with monkeypatch.context() as patch:
         patch.setattr(*moment, end)
-        assert train.main([*SMALL, "--out", str(folder)]) == status
+        assert train.main([*SMALL, "--target", "0.01", "--out", str(folder)]) == status
     assert capsys.readouterr().err.splitlines()[-1].startswith(f"{word}: --resume {folder}")
     before = lines(folder)
     assert len(before) == 1
@@ -55,6 +55,7 @@ def test_ended_and_resumed_is_as_if_nothing_had_been(
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["final_accuracy"] == lines(finished[0])[-1]["test_accuracy"]
     assert summary["total_seconds"] >= summary["training_seconds"]  # of both parts
+    assert summary["target_reached"]["epoch"] == 1
     assert summary["command"].endswith(f"--out {folder}")
     assert "`resume " not in (folder / "card.md").read_text()
 
@@ -280,7 +281,14 @@ def test_repeats(tmp_path, capsys, no_pictures):
     assert train.main(["--resume", str(folder), "--data-dir", str(tmp_path)]) == 0
     for config in map(checkpoint.load_config, (folder, folder / "s3", folder / "s4")):
         assert (config["flags"]["data_dir"], config["flags"]["resume"]) == (str(tmp_path), None)
+    assert checkpoint.load_config(folder / "s3")["flags"]["repeat"] == 1
     assert train.main(["--resume", str(folder.rename(tmp_path / "moved"))]) == 0
+
+
+def test_the_mean_is_that_of_the_last_epochs(finished, tmp_path, capsys):
+    one = checkpoint.load_summary(finished[0]) | {"best_accuracy": 0.9}
+    report.write_repeats(tmp_path, [one | {"final_accuracy": each} for each in (0.5, 0.6)])
+    assert "2 seeds: final test accuracy 55.00% ± 7.07% (standard" in capsys.readouterr().out
 
 
 def test_repeats_go_on_with_no_run_that_is_another(finished, tmp_path, capsys):

@@ -36,10 +36,6 @@ def test_what_the_net_sees():
     cut = seen(replace(NOTHING, cutout_p=1, fill=100))
     level = cut * dataset.std.view(-1, 1, 1) + dataset.mean.view(-1, 1, 1)
     assert ((level - 100).abs() < 1e-3).all(1).flatten(1).sum(1).min() >= 16 * 16
-    lit = seen(replace(NOTHING, brightness=0.5, brightness_contrast_p=1))
-    assert (lit != normal).flatten(1).any(1).float().mean() > 0.9
-    tinted = seen(replace(NOTHING, rgb_shift=(90, 90, 90), rgb_shift_p=1))
-    assert (tinted != normal).flatten(1).any(1).float().mean() > 0.9
     moved = Policy(flip_p=0, affine_p=1, shift=0, scale=0, rotate=45, cutout_p=0, border="constant")
     corners = seen(moved)[..., 0, 0]
     assert (corners.abs() < 1e-5).all(1).float().mean() > 0.5  # outside: the mean colour

@@ -69,6 +69,16 @@ def test_a_plain_loop_has_its_precision(dataset, precision, monkeypatch):
     assert spy.call_args.args[0].dtype == ways.step.DTYPES[precision]
 
 
+def test_phases_of_several_batches_count_their_images(dataset, monkeypatch):
+    monkeypatch.setattr(ways.epochs, "batches_at_once", lambda *_: 3)
+    monkeypatch.setattr(ways.step, "prepared", prepared := Mock(wraps=ways.step.prepared))
+    phases = ways.phases(dataset, ways.settings("net136k", 16, "fp32"))
+    for job, _ in phases.values():
+        job()
+    assert len(prepared.call_args.args[0]) == 48
+    assert [images for _, images in phases.values()] == [48, 48, 16, 16, 16]
+
+
 def test_training_goes_on_epoch_after_epoch():
     dataset = data.load("synthetic", None, CPU, train_images=80)
     high = ["--optimizer", "sgd", "--lr", "3"]  # OneCycle starts at a 25th
