@@ -7,8 +7,9 @@ To add a change of your own: its parameters in `Policy`, with flags in flags.py 
 table of them; what is drawn in `Params` and `sample`, the change itself in `apply`. One that
 computes new levels belongs to `Colours`, `sample_colours`, `jitter_colours` and
 `Policy.changes_colours` instead. Then the same in `reference.compose`, if its probability is not 0,
-for --augment albumentations, and in tests/test_augment.py. Finish interrupted runs first, as they
-keep their set of flags, and train what you compare with anew: one more draw changes those after it.
+for --augment albumentations, and in tests/test_augment.py and tests/test_sample.py. Finish
+interrupted runs first, as they keep their set of flags, and train what you compare with anew: one
+more draw changes those after it.
 """
 
 from collections.abc import Callable

@@ -80,7 +80,8 @@ def make_parser() -> Parser:
 
     flag = parser.add_argument_group("run").add_argument
     flag("--device", choices=DEVICES, default="auto", help="auto: the best available")
-    flag("--precision", choices=("auto", *step.DTYPES), default="auto", help="auto: set by device")
+    precision = "auto: set by device; on a GPU fp32 rounds to TF32 in convolutions"
+    flag("--precision", choices=("auto", *step.DTYPES), default="auto", help=precision)
     flag("--deterministic", action="store_true", help="bit-identical runs on a GPU too; slower")
     flag("--eager", action="store_true", help="no CUDA graph: launch each operation separately")
     flag("--compile", action="store_true", help="use torch.compile; slow to start")

@@ -65,8 +65,7 @@ def choose_precision(name: str, device: torch.device) -> str:
     """For "auto" bf16 on a GPU that has it, else fp16; bf16 on a CPU that is fast at it, where
     onednn.py keeps slow layers in fp32; fp32 elsewhere. Steps in bf16 took an Intel Xeon with
     AVX512-BF16 but without AMX 1.2 to 1.4 times as long, for all six nets, and a CPU with neither
-    (AVX2) eight times. On a GPU, fp32 is PyTorch's, which rounds to TF32 in convolutions. Raises
-    UserError for bf16 on a GPU that lacks it."""
+    (AVX2) eight times. Raises UserError for bf16 on a GPU that lacks it."""
     if device.type == "cuda":
         best = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
         if name == "bf16" and best == "fp16":
