@@ -45,6 +45,7 @@ BAD_FLAGS = [
     (["--epoch", "3"], "--epoch"),
     (["--out", "file/run"], "--out file/run"),
     (["--out", "file"], "--out file"),
+    (["--data", "cifar10", "--data-dir", "file"], "--data-dir file cannot be used"),
     (["--out", "r\udcff"], "r\\udcff"),
     (["--data", "two\nlines.tar"], "two\\nlines"),
 ]

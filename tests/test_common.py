@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import os
 import signal
 import subprocess
 import sys
@@ -23,7 +24,8 @@ def test_an_output_that_nobody_reads():
     code = f"import common, sys; sys.exit(common.exit_status(lambda: {job}))"
     command = [sys.executable, "-c", f"input(); {code}"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    process = subprocess.Popen(command, cwd=Path(common.__file__).parent, **pipes)
+    buffered = os.environ | {"PYTHONUNBUFFERED": ""}
+    process = subprocess.Popen(command, cwd=Path(common.__file__).parent, env=buffered, **pipes)
     process.stdout.close()
     process.stdin.write(b"\n")
     process.stdin.close()

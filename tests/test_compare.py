@@ -11,11 +11,10 @@ import plots
 LINE = dict.fromkeys(("lr", "train_loss", "train_accuracy", "test_loss"), 0.5)
 
 
-def write_run(folder, accuracy, flags=(), **facts):
+def write_run(folder, accuracy, given=(), **facts):
     folder.mkdir(parents=True)
-    flags = {"seed": str(folder), "out": str(folder), "sam": 0.1, "rgb_shift": [0, 0, 0]} | dict(
-        flags
-    )
+    flags = {"seed": str(folder), "out": str(folder), "sam": 0.1, "rgb_shift": [0, 0, 0]}
+    flags |= {"fill": None} | dict(given)
     (folder / "config.json").write_text(json.dumps({"flags": flags}))
     known = {"images": "60 images", "tested_on": "test split", "versions": {}}
     (folder / "summary.json").write_text(json.dumps(known | {"final_accuracy": accuracy} | facts))
@@ -29,7 +28,8 @@ def folders(tmp_path, monkeypatch):
     for seed, accuracy in ((0, 0.9), (10, 0.92), (9, 0.91)):
         write_run(Path(f"still/s{seed}"), accuracy)
     for seed, accuracy in ((0, 0.93), (1, 0.95)):
-        write_run(Path(f"moved/s{seed}"), accuracy, {"sam": 0.0, "rgb_shift": [9, 9, 9]})
+        other = {"sam": 0.0, "rgb_shift": [9, 9, 9], "fill": 0.5}
+        write_run(Path(f"moved/s{seed}"), accuracy, other)
     write_run(Path("alone"), 0.9101)
     return ["still", "moved", "alone"]
 
@@ -56,7 +56,7 @@ def test_runs_and_repeated_runs_side_by_side(folders, monkeypatch, capsys):
     assert heading.index("change") <= lines[1].index("+3.00") < len(heading) <= 80
     assert lines[3:] == [
         "Other flags, in brackets those of still:",
-        "moved: --sam 0.0 (0.1), --rgb-shift [9, 9, 9] ([0, 0, 0])",
+        "moved: --sam 0.0 (0.1), --rgb-shift [9, 9, 9] ([0, 0, 0]), --fill 0.5 (None)",
         "alone: the same flags",
     ]
     assert last == "drawn: comparison.png"

@@ -128,6 +128,8 @@ def test_subsets_are_balanced_disjoint_and_fixed():
     more = data.load("synthetic", None, CPU, holdout=500)
     assert torch.equal(more.test_images, dataset.test_images)
     assert len(more.train_images) == 4500
+    fewer = data.load("synthetic", None, CPU, train_images=10)
+    assert torch.equal(fewer.test_images, whole.test_images)
     assert not torch.equal(more.mean, whole.mean)
     with pytest.raises(UserError, match="--holdout"):
         data.load("synthetic", None, CPU, train_images=4600, holdout=500)

@@ -113,7 +113,7 @@ MODULES = {
     "shifted skip": (Wrap(shifted_skip, conv(3, 3, 3)), 6),  # −5 … −3, and 0
     "cropped": (Wrap(lambda m, x: m.a(x)[:, :, 2:, 2:] + x[:, :, :-4, :-4], nn.Conv2d(3, 3, 3)), 5),
     "strided skip": (Wrap(strided_skip, conv(3, 5, 3, stride=2)), 3),
-    "concatenated": (Wrap(lambda m, x: torch.cat([m.a(x), x], 1), conv(3, 3, 3)), 3),
+    "concatenated": (Wrap(lambda m, x: torch.cat([m.a(x), x], -3), conv(3, 3, 3)), 3),
     "gated": (Wrap(gated, conv(3, 4, 5)), 5),
     "spatial gate": (Wrap(lambda m, x: x * m.a(x.mean(1, keepdim=True)), conv(1, 1, 5)), 5),
     "scaled": (Wrap(lambda m, x: m.a(x * m.b.weight + 1) / 2, conv(3, 3, 3), conv(1, 3, 1)), 3),

@@ -71,6 +71,15 @@ def test_a_pooling_may_take_two_steps():
         assert receptive_field(Wrap(lambda m, x, pool=pool: pool(m.a(x)), conv(3, 4, 5))) == 5
 
 
+def test_a_convolution_of_the_whole_map_is_no_pooling():
+    assert receptive_field(nn.Conv2d(3, 4, 32)) == 32
+
+
+def test_a_dilated_pooling():
+    net = Wrap(lambda m, x: torch.max_pool2d(m.a(x), 3, 1, 1, 2), conv(3, 3, 3))
+    assert receptive_field(net) == 7
+
+
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_of_several_poolings_that_with_the_largest_field_counts(order):
     def pooled(m, x):
@@ -81,7 +90,7 @@ def test_of_several_poolings_that_with_the_largest_field_counts(order):
 
 
 def pooled_by(pool):
-    return Wrap(lambda m, x: m.b(pool(m.a(x))), conv(3, 4, 7), nn.Linear(4, 2))
+    return Wrap(lambda m, x: m.b(pool(m.a(x).relu())), conv(3, 4, 7), nn.Linear(4, 2))
 
 
 @pytest.mark.parametrize("packed", [lambda y: (y, 2 * y), lambda y: {"logits": y}])
@@ -105,8 +114,8 @@ def test_a_net_may_return_more_than_a_tensor(packed):
         pooled_by(lambda x: F.adaptive_avg_pool2d(x, 1).flatten(1)),
         pooled_by(lambda x: F.avg_pool2d(x, 32).squeeze(3).squeeze(2)),
         pooled_by(lambda x: x.amax((2, 3), keepdim=True).view(x.size(0), -1)),
-        nn.Sequential(conv(3, 4, 7), nn.AvgPool2d(32), nn.Conv2d(4, 9, 1), nn.Flatten()),
-        nn.Sequential(conv(3, 1, 7), nn.Flatten(), nn.Linear(1024, 2)),
+        nn.Sequential(conv(3, 4, 7), nn.ReLU(), nn.AvgPool2d(32), nn.BatchNorm2d(4), nn.Flatten()),
+        nn.Sequential(conv(3, 1, 7), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 2)),
     ],
 )
 def test_the_field_is_that_of_the_global_poolings_input(net):
@@ -115,6 +124,7 @@ def test_the_field_is_that_of_the_global_poolings_input(net):
     images = torch.randn(2, 3, 32, 32)
     maps = traced.features(images)
     assert maps.shape[2:] == (32, 32)
+    assert maps.min() == 0  # after the ReLU
     torch.testing.assert_close(traced.both(images), (maps, net.eval()(images)))
     assert traced.layers[0].receptive_field == (7, 7)
     assert traced.layers[-1].receptive_field is None
@@ -129,6 +139,7 @@ def test_a_layer():
     layer, norm = trace(net, (4, 32, 32)).layers
     assert (layer.name, layer.kind, norm.kind) == ("0", "Conv2d", "BatchNorm2d")
     assert (layer.kernel, layer.stride, layer.dilation, layer.groups) == ((3, 1), (2, 1), (2, 1), 4)
+    assert (layer.input, norm.input) == ((4, 32, 32), (8, 16, 32))
     assert (layer.output, layer.jump, layer.receptive_field) == ((8, 16, 32), (2, 1), (5, 1))
     assert (layer.parameters, layer.multiply_adds) == (32, 24 * 16 * 32)
     assert (norm.parameters, norm.multiply_adds) == (16, 0)
@@ -176,6 +187,7 @@ def added_out_of_place(m, x):
 UNACCOUNTED = {
     "roll": lambda m, x: torch.roll(m.a(x), 1, 3),
     "view": lambda m, x: m.b(shuffled(m.a(x))),
+    "view.?": lambda m, x: m.b(m.a(x).flatten(1).view(1, 4, 32, 32)),
     "flatten": lambda m, x: m.a(x).flatten(2).softmax(2).mean(2),
     "interpolate": lambda m, x: F.interpolate(m.a(x), scale_factor=2),
     "transpose": lambda m, x: m.a(x).transpose(2, 3),
@@ -183,14 +195,17 @@ UNACCOUNTED = {
     "truediv": lambda m, x: m.a(x) / m.a(x).max(),
     "mean": lambda m, x: m.a(x) * m.a(x).mean(3, keepdim=True),
     "mul": lambda m, x: m.a(x) * m.b(m.a(x)[:, :, :1]),
-    "adaptive_avg_pool2d": lambda m, x: m.b(F.adaptive_avg_pool2d(m.a(x), 5)),
+    "adaptive_avg_pool2d": lambda m, x: m.b(F.adaptive_avg_pool2d(m.a(x), (8, 5))),
     "softmax": lambda m, x: m.a(x).softmax(3),
     "getitem": lambda m, x: m.a(x)[:, :, -8:],
     "getitem.*": lambda m, x: m.a(x)[:, :, x.size(2) // 4 :],
     "avg_pool2d": lambda m, x: F.avg_pool2d(m.a(x), x.size(2)),
     "lp_pool2d": lambda m, x: m.b(F.lp_pool2d(m.a(x), 2, 2)),
     "mean.?": lambda m, x: F.conv1d(m.a(x).mean(2), m.b.weight[:, :, 0]),
+    "getitem.?": lambda m, x: m.a(x)[:, :, [*range(31, -1, -1)]],
+    "add.?": lambda m, x: torch.add(y := m.a(x), m.b(y), out=y) + m.b(y),
     "add_.*": added_in_place_and_used,
+    "add_.?": lambda m, x: (y := m.a(x))[:, :4].add_(m.b(y)) + m.b(y),
 }
 
 

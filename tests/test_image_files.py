@@ -110,7 +110,7 @@ def without(prefix):
 
 BAD_MEMBERS = {
     "no test split": (without("test"), "it must hold train/<class>/ and test/<class>/"),
-    "different classes": (without("test/dog"), "dog"),
+    "different classes": (without("test/dog") | {"test/bat/a.png": png(0)}, "bat, dog"),
     "one class": ({n: b for n, b in files().items() if "dog" not in n}, "only one class, cat"),
     "too large": (files() | {"train/cat/big.png": png((0, 0, 0), (33, 32))}, "big.png is 33×32"),
     "truncated": (files() | {"test/dog/x.png": png((1, 2, 3))[:60]}, "test/dog/x.png"),
@@ -147,8 +147,9 @@ def test_the_files_of_cifar10_have_a_flag_of_their_own(tmp_path):
 
 
 def test_images_of_one_colour_cannot_be_normalised(tmp_path):
+    members = {name: png((9, k, k)) for k, name in enumerate(files())}  # none of them red
     with pytest.raises(UserError, match="colour channel"):
-        load(write_tar(tmp_path / "bad.tar", dict.fromkeys(files(), png((9, 9, 9)))))
+        load(write_tar(tmp_path / "bad.tar", members))
 
 
 @pytest.mark.parametrize("write", [write_folder, write_tar])
@@ -159,11 +160,16 @@ def test_what_a_file_manager_leaves_is_no_image(tmp_path, write):
     assert (len(dataset.train_images), len(dataset.test_images)) == (8, 4)
 
 
-def test_a_user_without_a_home(tmp_path, monkeypatch):
+def test_a_user_without_settings_or_a_home(tmp_path, monkeypatch):
+    path = write_tar(tmp_path / "pets.tar", files())
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    load(path)
+    assert len(list((tmp_path / ".cache/atrous").iterdir())) == 1
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", lambda: Path("~nobody here").expanduser())
     with pytest.raises(UserError, match="set XDG_CACHE_HOME"):
-        load(write_tar(tmp_path / "pets.tar", files()))
+        load(path)
 
 
 @pytest.mark.parametrize("name", ["train/../x.png", "train/cat/../x.png"])

@@ -77,24 +77,25 @@ def test_summary_agrees_with_the_predictions(finished):
 
 @pytest.mark.parametrize(
     ("target", "epoch", "said"),
-    [("0.2", 1, "epoch 1"), ("0.5", 2, "epoch 2"), ("0.7", None, "not reached")],
+    [("0.2", 1, "epoch 1"), ("0.7", 7, "epoch 7"), ("0.9", None, "not reached")],
 )
 def test_when_the_target_is_reached(
     target, epoch, said, tmp_path, monkeypatch, no_pictures, capsys
 ):
-    accuracies, make_step = chain([0.2, 0.6], repeat(0.4)), step.make_step
+    accuracies, make_step = chain([0.2, *[0.4] * 5, 0.8], repeat(0.4)), step.make_step
     monkeypatch.setattr(step, "make_step", lambda *of: time.sleep(0.3) or make_step(*of))
     monkeypatch.setattr(report, "accuracy", lambda *_: next(accuracies))
-    out = ["--epochs", "3", "--net", "net136k", "--out", str(tmp_path), "--target", target]
+    out = ["--epochs", "8", "--net", "net136k", "--out", str(tmp_path), "--target", target]
     assert train.main([*SMALL, *out]) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
     reached = summary["target_reached"]
     assert (reached and reached["epoch"]) == epoch
     if reached:
         assert reached["seconds"] + 0.3 <= summary["training_seconds"]  # counted from a first step
-    assert (summary["best_epoch"], summary["best_accuracy"]) == (2, 0.6)
+        assert reached["seconds"] > sum(line["seconds"] for line in lines(tmp_path)[:epoch])
+    assert (summary["best_epoch"], summary["best_accuracy"]) == (7, 0.8)
     printed = capsys.readouterr().out
-    assert "best, in epoch 2      60.00%" in printed
+    assert "best, in epoch 7      80.00%" in printed
     (line,) = [x for x in printed.splitlines() if x.startswith("target")]
     assert said in line
 

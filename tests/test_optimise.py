@@ -120,6 +120,7 @@ def test_other_schedules(schedule, expected):
     rates = []
     for _ in range(160):
         rates.append(training.optimizer.param_groups[0]["lr"])
+        assert training.optimizer.param_groups[0]["momentum"] == 0.9
         training.optimizer.step()
         training.scheduler.step()
     assert max(rates) == pytest.approx(0.5)

@@ -57,12 +57,13 @@ def test_no_worker_and_no_epoch_repeats_another():
     assert not torch.equal(first, second)
 
 
+@pytest.mark.parametrize("policy", [POLICY, Policy(flip_p=0, affine_p=0, cutout_p=1)])
 @pytest.mark.parametrize("workers", [0, 2])
-def test_the_seed_decides(workers):
+def test_the_seed_decides(workers, policy):
     epochs = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        epochs.append(epoch(loader(*numbered(50), workers))[0])
+        epochs.append(epoch(loader(*numbered(50), workers, policy))[0])
     assert torch.equal(epochs[0], epochs[1])
     assert not torch.equal(epochs[0], epochs[2])
 

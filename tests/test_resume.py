@@ -319,16 +319,17 @@ def test_seeds_that_were_interrupted(tmp_path, monkeypatch, capsys, no_pictures)
         assert train.main(["--resume", str(folder)]) == 2
     assert f"the disk is full; --resume {folder} continues" in capsys.readouterr().err
     assert train.main([*arguments, str(folder)]) == 2
-    before = (folder / "s0/metrics.jsonl").read_text()
+    moved = folder.rename(tmp_path / "moved")
+    before = (moved / "s0/metrics.jsonl").read_text()
     monkeypatch.setattr(train, "choose_precision", asked := Mock(wraps=train.choose_precision))
-    assert train.main(["--resume", str(folder)]) == 0
+    assert train.main(["--resume", str(moved)]) == 0
     chosen = checkpoint.load_config(whole / "s0")["flags"]["precision"]
     (call,) = asked.call_args_list
     assert call.args[0] == chosen  # all seeds have the same, on another device too
-    assert (folder / "s0/metrics.jsonl").read_text() == before
-    both = [json.loads((each / "summary.json").read_text()) for each in (whole, folder)]
+    assert (moved / "s0/metrics.jsonl").read_text() == before
+    both = [json.loads((each / "summary.json").read_text()) for each in (whole, moved)]
     assert both[0]["final_accuracy"] == both[1]["final_accuracy"]
     assert both[1]["seeds"] == [0, 1, 2]
-    commands = {checkpoint.load_summary(folder / seed)["command"] for seed in ("s0", "s1", "s2")}
+    commands = {checkpoint.load_summary(moved / seed)["command"] for seed in ("s0", "s1", "s2")}
     assert commands == {both[1]["command"]}
     assert both[1]["command"].endswith(f"--out {folder}")

@@ -51,6 +51,7 @@ def test_shifts_are_drawn_as_albumentations_does(draws, albumentations_draws):
         expected = DRAWS / 8 * np.array([1, 1, 1, 2, 1, 1, 1])  # of shifts under 4, truncated
         assert stats.chisquare(counts[0], expected).pvalue > ALPHA
         assert stats.chi2_contingency(counts).pvalue > ALPHA
+    assert independent(draws.shift.T)
 
 
 def test_probabilities(draws):
@@ -124,3 +125,4 @@ def test_colour_parameters():
 def test_a_hole_larger_than_the_images_is_an_error():
     with pytest.raises(ValueError, match="16 pixels does not fit into 15"):
         sample(Policy(), 1, 15, CPU)
+    assert sample(Policy(cutout_p=1), 1, 16, CPU).hole.tolist() == [[0, 0, 16, 16]]

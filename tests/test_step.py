@@ -33,9 +33,9 @@ def test_what_the_net_sees():
     assert torch.equal(seen(NOTHING), normal)
     cut = seen(replace(NOTHING, cutout_p=1))
     assert ((cut == 0).all(1).flatten(1).sum(1) >= 16 * 16).all()  # the mean colour
-    cut = seen(replace(NOTHING, cutout_p=1, fill=100))
+    cut = seen(replace(NOTHING, cutout_p=1, fill=0))
     level = cut * dataset.std.view(-1, 1, 1) + dataset.mean.view(-1, 1, 1)
-    assert ((level - 100).abs() < 1e-3).all(1).flatten(1).sum(1).min() >= 16 * 16
+    assert (level.abs() < 1e-3).all(1).flatten(1).sum(1).min() >= 16 * 16
     moved = Policy(flip_p=0, affine_p=1, shift=0, scale=0, rotate=45, cutout_p=0, border="constant")
     corners = seen(moved)[..., 0, 0]
     assert (corners.abs() < 1e-5).all(1).float().mean() > 0.5  # outside: the mean colour
@@ -77,14 +77,14 @@ def test_a_radius_takes_the_gradient_uphill_along_that_of_a_quarter():
     layers = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4 * 30 * 30, 10)
     net, copy = nn.Sequential(*layers), deepcopy(nn.Sequential(*layers))
     optimizer, scaler = torch.optim.SGD(net.parameters(), 0.1), torch.amp.GradScaler(enabled=False)
-    images = torch.randn(8, 3, 32, 32)
-    labels = deepcopy(net)(images[:2]).argmax(1).repeat(4)
+    images = torch.randn(6, 3, 32, 32)
+    labels = deepcopy(net)(images[:2]).argmax(1).repeat(3)
     figures = step.train_step(net, optimizer, scaler, images, labels, "fp32", 0.0, radius=0.5)
 
     start = [p.detach().clone() for p in copy.parameters()]
     loss = F.cross_entropy(copy(images[:2]), labels[:2])
     torch.testing.assert_close(figures[0], loss.detach())
-    assert figures[1] == 8
+    assert figures[1] == 6
     statistics = [buffer.clone() for buffer in copy.buffers()]
     gradients = torch.autograd.grad(loss, list(copy.parameters()))
     length = torch.cat([g.flatten() for g in gradients]).norm()
