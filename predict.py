@@ -50,7 +50,7 @@ def named_files(arguments: list[str], failed: list[str]) -> Iterator[tuple[str, 
         if argument == "-":
             yield "-", BytesIO(sys.stdin.buffer.read() if sys.stdin else b"")  # None if closed
         elif os.path.isdir(argument):  # Path.is_dir() raises without permission
-            kinds, known = Image.registered_extensions(), formats()
+            kinds, known = Image.registered_extensions(), [*formats(), "MPO"]  # which JPEG's reads
             found = (f for f in path.rglob("*") if kinds.get(f.suffix.lower()) in known)
             shown = (f for f in found if not any(map(is_hidden, f.relative_to(path).parts)))
             files = sorted(filter(os.path.isfile, shown))

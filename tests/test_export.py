@@ -11,6 +11,7 @@ import pytest
 import torch
 from test_checkpoint import config_file, model_file
 from torch import nn
+from torch.nn.utils import parametrize
 
 import checkpoint
 import data
@@ -178,6 +179,31 @@ def test_onnxruntime_1_21_finds_the_zero_points_of_a_matrix(images):
         (layer,) = (node for node in nodes if node.op_type == kind)
         made = {node.output[0]: len(node.input) == 3 for node in nodes}
         assert [made[name] for name in layer.input] == points, kind
+
+
+class Gated(nn.Module):
+    """A net of one's own: a global maximum as a gate, and a bias made from a parameter."""
+
+    def __init__(self, classes):
+        super().__init__()
+        convolution = nn.Conv2d(3, 4, 3)
+        parametrize.register_parametrization(convolution, "bias", nn.Softplus())
+        self.layers = nn.Sequential(convolution, nn.ReLU(), nn.Conv2d(4, 4, 3))
+        self.classify = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, classes))
+
+    def forward(self, x):
+        x = self.layers(x)
+        return self.classify(x * x.amax((2, 3), keepdim=True).sigmoid())
+
+
+def test_a_net_of_ones_own_is_exported(images):
+    classifier = export.Classifier(Gated(5), [127.0] * 3, [64.0] * 3).eval()
+    images = images[:100]
+    with torch.no_grad():
+        expected = classifier(images).numpy()
+    blob = export.to_onnx(classifier, {})
+    for model, tolerance in ((blob, 1e-5), (export.to_int8(blob, images.numpy()), 0.05)):
+        assert np.abs(export.session(model)(images.numpy()) - expected).max() < tolerance
 
 
 def test_two_products_of_int8_fit_into_16_bits(exported):

@@ -164,7 +164,7 @@ def test_what_is_printed_when_piped(finished):
     assert max(len(row) for row in rows if str(folder) not in row) <= 100
     for line in (
         "device     CPU: ",
-        "data       synthetic: 60 training images, 50 test images\n",
+        "data       synthetic: 60 training images, 50 held-out training images\n",
         "net        atrous: 186,858 parameters, receptive field 90, 52.1 M multiply-adds\n",
     ):
         assert line in printed

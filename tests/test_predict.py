@@ -248,3 +248,11 @@ def test_mistakes_are_one_line(run, capsys, tmp_path, monkeypatch):
         assert predict.main(arguments) == 2
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("error: ")
+
+
+def test_a_folder_gives_every_kind_of_file_that_can_be_read_alone(run, tmp_path, capsys):
+    file = save(tmp_path / "stereo.mpo", "red")
+    assert predict.main([str(run), file]) == 0
+    assert predict.main([str(run), str(tmp_path)]) == 0
+    alone, inside = capsys.readouterr().out.splitlines()
+    assert alone == inside
