@@ -24,7 +24,7 @@ NETWORK_TIMEOUT = 10  # seconds
 @dataclass(frozen=True)
 class Dataset:
     """Images uint8 (N, 3, 32, 32), labels int64 (N,); mean and std float32 (3,) in 0–255 units,
-    per channel, of the training images."""
+    per channel, of the training images; `tested_on` says what the test images are."""
 
     name: str
     classes: list[str]
@@ -34,6 +34,7 @@ class Dataset:
     test_labels: Tensor
     mean: Tensor
     std: Tensor
+    tested_on: str
 
     @cached_property
     def checksum(self) -> str:
@@ -78,7 +79,8 @@ def load(
     if not (std > 0).all():
         raise UserError(f"--data {source}: a colour channel is constant; use other images")
     tensors = [t.to(device) for t in (images, labels, *splits["test"], mean, std)]
-    return Dataset(name, classes, *tensors)
+    kind = "held-out training images" if holdout else "test images"
+    return Dataset(name, classes, *tensors, f"{len(splits['test'][1]):,} {kind}")
 
 
 def epoch_batches(count: int, batch_size: int, device: torch.device) -> tuple[Tensor, ...]:

@@ -189,7 +189,7 @@ def export(run: Path, int8: bool) -> None:
     difference = np.abs(in_batches(session(blob), some) - expected).max()
     if not difference <= TOLERANCE:
         raise UserError(f"onnxruntime differs from PyTorch by {difference:.1e}: nothing written")
-    print(f"{len(some):,} test images: probabilities within {difference:.1e} of PyTorch's")
+    print(f"{len(some):,} images: probabilities within {difference:.1e} of PyTorch's")
     models = {"model.onnx": blob}
     if int8:
         models["model.int8.onnx"] = to_int8(blob, drawn(dataset.train_images.numpy()))
@@ -201,7 +201,7 @@ def export(run: Path, int8: bool) -> None:
         alone, together = median_seconds(classify, batch[:1]), median_seconds(classify, batch)
         print(
             f"{run / name}: {len(model) / 1000:.0f} kB\n"
-            f"  {right.mean():.2%} accuracy on the {len(images):,} test images of {dataset.name}\n"
+            f"  {right.mean():.2%} accuracy on the {dataset.tested_on} of {dataset.name}\n"
             f"  one CPU core: {1000 * alone:.1f} ms for one image, "
             f"{len(batch) / together:,.0f} images/s in batches of {len(batch)}"
         )

@@ -106,7 +106,7 @@ def mistakes(
         f"{i}: {names[labels[i]]}\nas {names[predicted[i]]} ({confidence[i]:.0%})"
         for i in wrong[:32]
     ]
-    title = f"{len(wrong):,} of {len(labels):,} test images misclassified"
+    title = f"{len(wrong):,} of {len(labels):,} images misclassified"
     if len(wrong):
         title += "; the most confident ones: number, true class, predicted class (probability)"
     image_grid(path, images[wrong[:32]], captions, title)
@@ -131,7 +131,7 @@ def confusion(path: Path, labels: np.ndarray, logits: np.ndarray, classes: list[
     axes.set_yticks(range(len(classes)), names)
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
-    axes.set_title("% of the true class's test images")
+    axes.set_title("% of the true class's images")
     _save(figure, path)
 
 
@@ -300,12 +300,12 @@ def redraw(run: Path, numbers: list[int] | None) -> None:
     for number in numbers:
         if not 0 <= number < count:
             raise UserError(
-                f"--images {number}: {dataset.name} has {count:,} test images, numbered from 0"
+                f"--images {number}: {dataset.name} has {dataset.tested_on}, numbered from 0"
             )
     history, logits = checkpoint.load_history(run), checkpoint.load_predictions(run)
     if logits.shape != (count, len(dataset.classes)):
         raise UserError(
-            f"{run / 'predictions.npy'} does not match {dataset.name}'s {count:,} test images"
+            f"{run / 'predictions.npy'} does not match {dataset.name}'s {dataset.tested_on}"
         )
     draw_run(run, checkpoint.load_config(run)["flags"], dataset, logits, history)
     grad_cam(run / "grad_cam.png", grad_cam_panels(run, dataset, numbers))

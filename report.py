@@ -99,7 +99,7 @@ def announce(facts: dict[str, Any], dataset: data.Dataset, folder: Path) -> None
     print(
         f"device     {facts['device']}, {facts['precision']}{processes}\n"
         f"data       {dataset.name}: {len(dataset.train_images):,} training images, "
-        f"{facts['tested_on']}\n"
+        f"{dataset.tested_on}\n"
         f"net        {facts['net']}: {facts['parameters']:,} parameters, receptive field "
         f"{facts['receptive_field']}, {facts['multiply_adds'] / 1e6:.1f} M multiply-adds\n"
         f"run        {folder}"

@@ -96,7 +96,7 @@ def show_effective(run: Path) -> None:
     title = f"{content['net']} on {dataset.name}: gradient of a central unit before pooling"
     plots.effective_field(run / "effective_rf.png", heat.numpy(), margin, square, title)
     print(
-        f"{content['net']} on {len(images):,} test images of {dataset.name}\n"
+        f"{content['net']} on {len(images):,} of the {dataset.tested_on} of {dataset.name}\n"
         f"theoretical receptive field  {max(traced.receptive_field)} pixels\n"
         f"effective receptive field    {side:.1f} pixels: root of the area where the gradient "
         f"exceeds 4.55 % of its maximum\n"

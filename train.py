@@ -203,7 +203,6 @@ def facts_of(
         trace = graph.trace(net)
     except UserError as error:
         raise UserError(f"--net {args.net}: {error}") from error
-    tested_on = "held-out training images" if args.holdout else "test images"
     with torch.no_grad():
         logits = net.eval()(torch.zeros(1, 3, SIZE, SIZE))
     if getattr(logits, "shape", None) != (1, len(dataset.classes)):
@@ -213,7 +212,7 @@ def facts_of(
     return {
         "data": dataset.name,
         "images": dataset.checksum,
-        "tested_on": f"{len(dataset.test_images):,} {tested_on}",
+        "tested_on": dataset.tested_on,
         "net": args.net,
         "recipe": args.recipe,
         "parameters": sum(p.numel() for p in net.parameters()),

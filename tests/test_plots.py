@@ -261,7 +261,7 @@ def test_mistakes_of_the_user_are_one_line(run, capsys):
         (line,) = capsys.readouterr().err.splitlines()
         return line
 
-    assert "--images 60: synthetic has 60 test images" in error(run, "--images", "60")
+    assert "--images 60: synthetic has 60 held-out training images" in error(run, "--images", "60")
     assert "one picture shows 100 at most" in error(run, "--images", *range(50), *range(51))
     metrics = (run / "metrics.jsonl").read_text()
     for text in ("{}\n", metrics.replace("test_accuracy", "accuracy"), '{"epoch": "x"}\n'):

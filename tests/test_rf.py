@@ -67,7 +67,8 @@ def test_effective_field_of_a_known_net(run, capsys, monkeypatch):
     monkeypatch.setattr(plots, "effective_field", drawn := Mock(wraps=plots.effective_field))
     assert rf.main(["--effective", str(run)]) == 0
     printed = capsys.readouterr().out
-    assert "box on 10 test images of synthetic\ntheoretical receptive field  41 pixels" in printed
+    assert "box on 10 of the 10 held-out training images of synthetic\n" in printed
+    assert "theoretical receptive field  41 pixels" in printed
     assert f"effective receptive field    {(40 * 41) ** 0.5:.1f} pixels" in printed
     assert drawn.call_args.args[2:4] == (6, [(2, 42), (2, 42)])
     assert (run / "effective_rf.png").read_bytes().startswith(b"\x89PNG")
