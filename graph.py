@@ -22,6 +22,7 @@ POINTWISE = (nn.BatchNorm2d, nn.SyncBatchNorm, nn.Identity, nn.PReLU, nn.ReLU, n
 POINTWISE += (nn.LeakyReLU, nn.ELU, nn.CELU, nn.SELU, nn.GELU, nn.SiLU, nn.Mish, nn.Softplus)
 POINTWISE += (nn.Sigmoid, nn.Tanh, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh)
 POINTWISE += (nn.Dropout, nn.Dropout2d, nn.AlphaDropout)
+POINTWISE += (nn.GroupNorm,)  # but for its statistics: see `trace`
 # Functions and methods by name; in a sum or product of maps, every operand counts.
 POINTWISE_NAMES = {
     *("relu", "relu6", "leaky_relu", "elu", "celu", "selu", "gelu", "silu", "mish", "softplus"),
@@ -83,8 +84,9 @@ def trace(module: nn.Module, input_shape: tuple[int, int, int] = (3, 32, 32)) ->
     """Layers and receptive field of `module` for images of `input_shape`.
 
     Where branches meet, the union of their fields counts. What depends on a global pooling inside
-    the net, as the gates of squeeze-and-excitation do, sees the whole image. Raises a UserError
-    that names the node if the graph holds an operator that this cannot account for.
+    the net, as the gates of squeeze-and-excitation and the statistics of GroupNorm do, sees the
+    whole image and is left out. Raises a UserError that names the node if the graph holds an
+    operator that this cannot account for.
     """
     graph = _graph_of(module, input_shape)
     fields: dict[fx.Node, Fields | None] = {}  # None: no longer a map, its layout is lost

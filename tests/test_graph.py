@@ -80,6 +80,10 @@ def test_a_dilated_pooling():
     assert receptive_field(net) == 7
 
 
+def test_statistics_of_a_whole_map_are_left_out():
+    assert receptive_field(nn.Sequential(conv(3, 4, 3), nn.GroupNorm(2, 4), conv(4, 4, 3))) == 5
+
+
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 def test_of_several_poolings_that_with_the_largest_field_counts(order):
     def pooled(m, x):
@@ -219,7 +223,7 @@ def test_an_operator_it_cannot_account_for_is_named(named, function):
 @pytest.mark.parametrize(
     "layer",
     [
-        nn.GroupNorm(2, 4),
+        nn.LayerNorm(32),
         nn.BatchNorm2d(4, track_running_stats=False),
         nn.MaxPool2d((2,)),
     ],

@@ -60,7 +60,7 @@ def test_a_net_of_ones_own(tmp_path, monkeypatch, capsys, no_pictures):
     monkeypatch.setitem(model.NETS, "mine", lambda classes: own(classes, 0))
     assert train.main(run) == 2
     assert "NETS must hold a function of (num_classes, dropout)" in capsys.readouterr().err
-    monkeypatch.setitem(model.NETS, "mine", lambda *of: own(*of).insert(1, nn.GroupNorm(2, 8)))
+    monkeypatch.setitem(model.NETS, "mine", lambda *of: own(*of).insert(1, nn.LayerNorm(15)))
     assert train.main(run) == 2
     assert "--net mine: receptive field: node _1 (call_module" in capsys.readouterr().err
     monkeypatch.setitem(model.NETS, "mine", own)
