@@ -120,7 +120,6 @@ def _graph_of(module: nn.Module, input_shape: tuple[int, int, int]) -> fx.GraphM
             module = nn.Sequential(module)  # tracing enters the root, even a lone Conv2d
         graph = fx.GraphModule(module, Tracer().trace(module))
         graph.graph.eliminate_dead_code()  # if it did something, in place, that is noticed below
-        graph.recompile()
         outputs = []
         with torch.no_grad(), torch.random.fork_rng([]), redirect_stderr(io.StringIO()):
             for run in (module, ShapeProp(graph).propagate):  # ShapeProp prints tracebacks

@@ -138,9 +138,10 @@ def test_a_mistake_of_ours_is_no_lack_of_memory(tmp_path, monkeypatch):
         train.main([*SMALL, "--out", str(tmp_path / "run")])
 
 
-def test_a_missing_compiler_is_one_line(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("module", ["torch._inductor.exc", "torch._dynamo.exc"])
+def test_a_missing_compiler_is_one_line(module, tmp_path, monkeypatch, capsys):
     class InvalidCxxCompiler(RuntimeError):
-        __module__ = "torch._inductor.exc"
+        __module__ = module
 
     def compiled(net, dynamic):
         def failing(*_):

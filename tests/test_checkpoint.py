@@ -107,11 +107,13 @@ def test_a_run_that_has_not_ended_is_to_go_on(tmp_path):
         checkpoint.load_predictions(tmp_path)
 
 
+WITHOUT_ITS_LAST = dict([*build("atrous", 4).state_dict().items()][:-1])
 BAD = {
     "not ours": lambda path: torch.save({"weights": torch.zeros(3)}, path),
     "no dict": lambda path: torch.save(torch.zeros(3), path),
     "another net": lambda path: model_file(path, net="resnet"),
     "other classes": lambda path: model_file(path, state_dict=build("atrous", 5).state_dict()),
+    "a layer too few": lambda path: model_file(path, state_dict=WITHOUT_ITS_LAST),
     "numbered classes": lambda path: model_file(path, classes=range(4)),
     "no classes": lambda path: model_file(path, classes=[]),
     "a terminal's commands": lambda path: model_file(path, classes=["\x1b[2J", "b"]),
@@ -145,9 +147,12 @@ def test_a_summary_of_nothing_is_damaged(tmp_path):
     way = f"delete {tmp_path}/summary.json, then train.py --resume {tmp_path} continues"
     with pytest.raises(UserError, match=f"is damaged: images is missing; {way}"):
         checkpoint.load_summary(tmp_path)
-    (tmp_path / "summary.json").write_text('{"images": "", "tested_on": "", "final_accuracy": 1}')
-    with pytest.raises(UserError, match="is damaged: versions is missing"):
-        checkpoint.load_summary(tmp_path)
+    whole = {"images": "", "tested_on": "", "versions": {}, "final_accuracy": 1}
+    for name in ("images", "tested_on", "versions"):
+        rest = {key: value for key, value in whole.items() if key != name}
+        (tmp_path / "summary.json").write_text(json.dumps(rest))
+        with pytest.raises(UserError, match=f"is damaged: {name} is missing"):
+            checkpoint.load_summary(tmp_path)
 
 
 @pytest.mark.parametrize(("ahead", "other"), [(1, "a newer"), (-1, "an older")])

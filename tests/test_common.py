@@ -3,13 +3,29 @@
 import contextlib
 import io
 import os
+import runpy
 import signal
 import subprocess
 import sys
 from pathlib import Path
 from unittest.mock import Mock
 
+import pytest
+
 import common
+
+ROOT = Path(common.__file__).parent
+COMMANDS = sorted(path for path in ROOT.glob("*.py") if '"__main__"' in path.read_text())
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda path: path.name)
+def test_each_command_exits_with_its_status(command, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [command.name, "--unknown"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_path(str(command), run_name="__main__")
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
 
 
 def test_an_output_that_knows_no_unicode(monkeypatch):

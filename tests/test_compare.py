@@ -118,7 +118,7 @@ def test_mistakes_are_one_line(folders, capsys):
         expected = f"{damaged}/s1/summary.json is damaged: final_accuracy is {damaged!r}"
         assert expected in error(f"{damaged}")
     metrics = Path("alone/metrics.jsonl")
-    for key in ("epoch", "seconds", "test_accuracy"):
+    for key in ("epoch", "seconds", "test_accuracy", *LINE):
         line = json.loads(metrics.read_text().splitlines()[0])
         (Path("moved/s1") / metrics.name).write_text(json.dumps(line | {key: "x"}))
         assert f"moved/s1/metrics.jsonl is damaged: {key} is 'x'" in error("still", "moved")

@@ -110,6 +110,19 @@ def test_synthetic_images_never_change():
     assert dataset.name == "synthetic"
 
 
+def test_synthetic_classes_can_be_told_apart():
+    """By what differs from an image's corner, and the class of the likest of other images."""
+
+    def drawn(count, seed):
+        images, labels = shapes(count, seed)
+        far = (images.float() - images[:, :, :1, :1].float()).norm(dim=1)
+        return (far > far.amax((1, 2), keepdim=True) / 2).flatten(1).float(), labels
+
+    (known, classes), (new, labels) = drawn(2000, 2), drawn(500, 3)
+    found = classes[torch.cdist(new, known).argmin(1)]
+    assert (found == labels).view(50, 10).float().mean(0).min() > 0.8
+
+
 def test_subsets_are_balanced_disjoint_and_fixed():
     whole = data.load("synthetic", None, CPU)
     dataset = data.load("synthetic", None, CPU, train_images=1003, holdout=500)

@@ -76,7 +76,11 @@ def test_the_best_device_and_its_precision(monkeypatch):
         with pytest.raises(machine.UserError, match="more processes than GPUs"):
             machine.choose_device("cuda")
     for has_bf16, chosen in ((True, "bf16"), (False, "fp16")):
-        monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda has=has_bf16, **_: has)
+        monkeypatch.setattr(
+            torch.cuda,
+            "is_bf16_supported",
+            lambda including_emulation=True, has=has_bf16: has or including_emulation,
+        )
         assert machine.choose_precision("auto", gpu) == chosen
         assert machine.choose_precision("fp32", gpu) == "fp32"
     with pytest.raises(machine.UserError, match="--precision bf16: this GPU does not support it"):
@@ -84,6 +88,8 @@ def test_the_best_device_and_its_precision(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     assert machine.choose_device("auto") == torch.device("cpu")
+    with pytest.raises(machine.UserError, match="--device mps: not available here"):
+        machine.choose_device("mps")
     assert machine.choose_precision("auto", torch.device("mps")) == "fp32"
 
 
@@ -104,7 +110,9 @@ def test_the_commit_is_dirty_where_code_changed_but_not_where_figures_did(tmp_pa
     commit = machine.versions.__wrapped__()["commit"]
     assert re.fullmatch("[0-9a-f]{7,}", commit)
     code.write_text("2\n")
-    assert machine.versions.__wrapped__()["commit"] == f"{commit}-dirty"
+    for _ in range(2):  # not added, added
+        assert machine.versions.__wrapped__()["commit"] == f"{commit}-dirty"
+        subprocess.run(["git", "-C", tmp_path, "add", "."], check=True)
 
 
 @pytest.mark.skipif("CS_GNU_LIBC_VERSION" not in os.confstr_names, reason="no glibc")

@@ -133,6 +133,8 @@ def test_the_saved_net_predicts_what_the_run_did(finished):
     assert content["mean"] == pytest.approx(dataset.mean.tolist())
     assert content["std"] == pytest.approx(dataset.std.tolist())
     assert content["classes"] == dataset.classes
+    seen = {int(v) for k, v in content["state_dict"].items() if k.endswith("batches_tracked")}
+    assert seen == {6}  # of two epochs, and nothing else
     precision = json.loads((folder / "summary.json").read_text())["precision"]
     net.to(memory_format=torch.channels_last)
     logits = step.predict_logits(net, dataset, precision).numpy()

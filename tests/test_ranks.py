@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from processes import exit_codes, joined, start, together, wait_for
 from test_data import files, write_tar
-from test_main_job import lines
+from test_main_job import SMALL, lines
 
 import checkpoint
 import data
@@ -83,11 +83,13 @@ def test_two_processes_learn_what_one_does(tmp_path):
     Image.fromarray(noise).save(file := io.BytesIO(), "PNG")
     archive = write_tar(tmp_path / "noise.tar", dict.fromkeys(files(train=40), file.getvalue()))
     run = [*RUN, "--epochs", "2", "--optimizer", "sgd", "--augment", "none", "--data", archive]
-    assert together(2, [*run, "--out", tmp_path / "two"], tmp_path) == [0, 0]
+    assert together(2, [*run, "--repeat", "2", "--out", tmp_path / "two"], tmp_path) == [0, 0]
+    assert json.loads((tmp_path / "two/summary.json").read_text())["seeds"] == [0, 1]
     assert exit_codes([start([*run, "--out", tmp_path / "one"])]) == [0]
-    nets = (checkpoint.load(tmp_path / name / "model.pt")["state_dict"] for name in ("two", "one"))
+    folders = tmp_path / "two/s0", tmp_path / "one"
+    nets = (checkpoint.load(folder / "model.pt")["state_dict"] for folder in folders)
     torch.testing.assert_close(*nets, rtol=1e-3, atol=1e-5)
-    for one, two in zip(*(lines(tmp_path / name) for name in ("one", "two")), strict=True):
+    for two, one in zip(*map(lines, folders), strict=True):
         for figure in ("train_loss", "train_accuracy"):
             assert two[figure] == pytest.approx(one[figure], rel=1e-3)
 
@@ -127,13 +129,17 @@ def test_processes_that_read_different_images(tmp_path, run):
 
 
 def test_process_0_goes_first(monkeypatch):
+    def read(*_):
+        seen.append("read")
+        raise UserError("no image")
+
     seen = []
+    monkeypatch.setattr(data, "load", read)
     monkeypatch.setattr(ranks, "count", lambda: 2)
     monkeypatch.setattr(ranks.dist, "barrier", lambda: seen.append("barrier"))
-    for rank, expected in ((0, ["first", "barrier"]), (1, ["barrier", "second"])):
+    for rank, expected in ((0, ["read", "barrier"]), (1, ["barrier", "read"])):
         monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
-        with ranks.main_first():
-            seen.append(("first", "second")[rank])
+        assert train.main(["--device", "cpu"]) == 2
         assert seen == expected
         seen.clear()
 
@@ -154,6 +160,17 @@ def test_a_process_lost_before_the_first_epoch(error, ends_as, monkeypatch):
     monkeypatch.setattr(ranks, "count", lambda: 2)
     with pytest.raises(ends_as), ranks.joined(CPU):
         raise error
+
+
+def test_a_process_lost_within_an_epoch(tmp_path, monkeypatch, capsys):
+    def gone(*_):
+        monkeypatch.setattr(ranks, "count", lambda: 2)
+        raise RuntimeError("[../gloo/transport/tcp/pair.cc] Connection closed by peer")
+
+    monkeypatch.setattr(step, "train_step", gone)
+    assert train.main([*SMALL, "--out", str(tmp_path / "run")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith(f"error: another process has ended; --resume {tmp_path}/run continues")
 
 
 def test_the_others_hear_of_a_full_disk(monkeypatch):

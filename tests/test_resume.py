@@ -1,5 +1,6 @@
 """Resuming a run, from outside: its flags, its data, its seeds."""
 
+import errno
 import json
 import re
 import shutil
@@ -75,14 +76,16 @@ def test_resumed_with_albumentations_in_a_loader(tmp_path, monkeypatch, no_pictu
 def test_ended_behind_its_last_epoch(finished, tmp_path, monkeypatch, capsys, no_pictures, number):
     folder = shutil.copytree(finished[0], tmp_path / "run")
     before = (folder / "summary.json").read_text()
-    (folder / "summary.json").unlink()
+    for name in ("summary.json", "card.md"):
+        (folder / name).unlink()
     with monkeypatch.context() as patch:
-        patch.setattr(train.report, "write_outcome", lambda *_: signal.raise_signal(number))
+        patch.setattr(train.report, "write_card", lambda *_: signal.raise_signal(number))
         assert train.main(["--resume", str(folder)]) == 128 + number
     assert f": --resume {folder} continues" in capsys.readouterr().err
     assert train.main(["--resume", str(folder)]) == 0
     after = (json.loads(text) for text in (before, (folder / "summary.json").read_text()))
     assert len({each["final_accuracy"] for each in after}) == 1
+    assert (folder / "card.md").exists()
 
 
 def test_a_resumed_run_keeps_its_flags(finished, capsys):
@@ -180,11 +183,12 @@ def test_the_checkpoint_of_another_run(finished, tmp_path, capsys):
         assert "last.pt and config.json are from different runs" in capsys.readouterr().err
     assert (folder / "last.pt").read_bytes() == (finished[0] / "last.pt").read_bytes()
     (folder / "config.json").write_text(json.dumps(config))
-    content = checkpoint.load(folder / "last.pt")
-    content["net"].popitem()
-    checkpoint.save(folder / "last.pt", content)
-    assert train.main(["--resume", str(folder)]) == 2
-    assert "last.pt does not fit this version of atrous: " in capsys.readouterr().err
+    whole = checkpoint.load(folder / "last.pt")
+    fewer = dict([*whole["net"].items()][:-1])
+    for content in whole | {"net": fewer}, {k: v for k, v in whole.items() if k != "elapsed"}:
+        checkpoint.save(folder / "last.pt", content)
+        assert train.main(["--resume", str(folder)]) == 2
+        assert "last.pt does not fit this version of atrous: " in capsys.readouterr().err
 
 
 def test_before_its_first_checkpoint_too(finished, tmp_path, capsys, no_pictures):
@@ -211,6 +215,9 @@ def test_another_process_at_the_same_run(finished, capsys, monkeypatch):
         assert train.main(["--resume", str(finished[0])]) == 0
     monkeypatch.undo()
     assert train.main(["--resume", str(finished[0])]) == 0
+    no_locks = OSError(errno.ENOLCK, "No locks available")  # as on some network file systems
+    monkeypatch.setattr(run_folders.fcntl, "flock", Mock(side_effect=no_locks))
+    assert train.main(["--resume", str(finished[0])]) == 0
 
 
 def test_the_images_of_a_run_may_move(tmp_path, no_pictures, capsys):
@@ -221,6 +228,7 @@ def test_the_images_of_a_run_may_move(tmp_path, no_pictures, capsys):
     here.rename(there)
     assert plots.main([str(out)]) == 2
     assert f"images moved: python train.py --resume '{out}' --data" in capsys.readouterr().err
+    (out / "summary.json").unlink()  # as if it had still to go on
     assert train.main(["--resume", str(out), "--data", str(there)]) == 0
     assert checkpoint.load_data(out).name == "moved"
 
@@ -275,6 +283,9 @@ def test_repeats(tmp_path, capsys, no_pictures):
     assert sum(f"--resume {folder} continues it" in line for line in errors) == 2
     assert not (folder / "s9").exists()
     before = (folder / "config.json").read_text()
+    with run_folders.alone_in(folder):
+        assert train.main(["--resume", str(folder)]) == 2
+    assert f"{folder}: in use by another process" in capsys.readouterr().err
     other = write_tar(tmp_path / "pets.tar", files(train=60))
     assert train.main(["--resume", str(folder), "--data", str(other)]) == 2
     assert (folder / "config.json").read_text() == before
