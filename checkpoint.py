@@ -33,6 +33,8 @@ def load(path: Path) -> dict[str, Any]:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise _missing(path) from error
+    except PermissionError:
+        raise
     except Exception as error:  # a damaged file can fail in any way
         raise UserError(
             f"{path} is not a valid atrous checkpoint: {first_line(error)}; "
@@ -156,6 +158,8 @@ def _read(path: Path, parse: Callable[[BinaryIO], T]) -> T:
             return parse(file)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise _missing(path) from error
+    except PermissionError:
+        raise
     except Exception as error:  # a damaged file can fail in any way
         run, way = path.parent, ""
         if path.name != "config.json":

@@ -71,7 +71,10 @@ def refuse_other_images(config: dict[str, Any], dataset: data.Dataset, args: Nam
 
 
 def write_config(folder: Path, config: dict[str, Any]) -> None:
-    ranks.by_main(partial(report.write_json, folder / "config.json", config))
+    try:
+        ranks.by_main(partial(report.write_json, folder / "config.json", config))
+    except OSError as error:  # there may be no run yet to continue
+        raise UserError(f"--out {folder} cannot be written to: {error}") from error
 
 
 def note_source(folder: Path, dataset: data.Dataset, args: Namespace) -> None:

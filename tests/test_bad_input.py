@@ -199,3 +199,13 @@ def test_a_decoded_archive_that_the_disk_has_no_room_for(tmp_path, capsys):
         dataset = data.load(str(path), tmp_path, torch.device("cpu"))
     assert len(dataset.train_images) == 400
     assert "decoded images are not cached: " in capsys.readouterr().err
+
+
+def test_a_folder_without_a_run_is_none_to_resume(tmp_path, monkeypatch, capsys):
+    denied = Mock(side_effect=PermissionError(13, "Permission denied"))
+    monkeypatch.setattr(report, "write_json", denied)
+    for more in ([], ["--repeat", "2"]):
+        assert train.main([*SMALL, "--out", str(tmp_path), *more]) == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith(f"error: --out {tmp_path} cannot be written to: ")
+        assert "--resume" not in said

@@ -163,3 +163,12 @@ def test_another_format_is_said_to_be_newer_or_older(tmp_path, monkeypatch, ahea
         model_file(path)
     with pytest.raises(UserError, match=f"from {other} version of atrous: use that one"):
         checkpoint.load_net(path)
+
+
+def test_a_file_without_permission_is_not_called_damaged(tmp_path, monkeypatch):
+    denied = Mock(side_effect=PermissionError(13, "Permission denied"))
+    monkeypatch.setattr(checkpoint, "check_sums", denied)
+    monkeypatch.setattr(Path, "open", denied)
+    for load, name in ((checkpoint.load, "last.pt"), (checkpoint.load_history, "")):
+        with pytest.raises(PermissionError):  # which every command says as it is
+            load(tmp_path / name)
