@@ -48,7 +48,7 @@ def joined(device: torch.device) -> Iterator[None]:
     except RuntimeError as error:
         if not lost(error):
             raise
-        raise UserError("another process has ended; start again, all of them") from error
+        raise apart(error, "start again, all of them") from error
     finally:  # after a mistake too: Gloo's threads, left running, may abort the process at its exit
         if backend == "gloo" or sys.exception() is None:
             dist.destroy_process_group()
@@ -57,6 +57,13 @@ def joined(device: torch.device) -> Iterator[None]:
 def lost(error: BaseException) -> bool:
     """Whether another process, or the connection to it, is gone."""
     return count() > 1 and (isinstance(error, dist.DistError) or "gloo/transport" in str(error))
+
+
+def apart(error: BaseException, way_on: str) -> UserError:
+    """What to say of an error that is `lost`: with the library's words, for NCCL's may tell of a
+    wrong set-up instead."""
+    said = str(error).partition("Exception raised from")[0].strip()  # then a C++ stack
+    return UserError(f"another process has ended or cannot be reached ({said}); {way_on}")
 
 
 @contextmanager

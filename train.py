@@ -263,7 +263,7 @@ def ending_in_one_line(args: Namespace, device: torch.device, way_on: str) -> It
                 f"--workers {args.workers}: {said}; resume with --workers 0: {way_on}"
             ) from error
         if ranks.lost(error):
-            raise UserError(f"another process has ended; {way_on}") from error
+            raise ranks.apart(error, way_on) from error
         if not is_out_of_memory(error):
             raise
         raise UserError(

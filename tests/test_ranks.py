@@ -28,6 +28,7 @@ from common import UserError
 CPU = torch.device("cpu")
 RUN = ["--device", "cpu", "--batch-size", "40", "--epochs", "4", "--lr", "0.1"]
 RUN += ["--net", "net136k", "--precision", "fp32"]
+CPP_STACK = "Exception raised from createNCCLComm at NCCLUtils.cpp:94:\nframe #0: c10::Error"
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +149,7 @@ def test_process_0_goes_first(monkeypatch):
     ("error", "ends_as"),
     [
         (RuntimeError("[../gloo/transport/tcp/pair.cc] Connection closed by peer"), UserError),
-        (torch.distributed.DistBackendError("NCCL communicator was aborted"), UserError),
+        (torch.distributed.DistBackendError(f"NCCL error: Duplicate GPU\n{CPP_STACK}"), UserError),
         (RuntimeError("an error of our own"), RuntimeError),
     ],
 )
@@ -158,8 +159,10 @@ def test_a_process_lost_before_the_first_epoch(error, ends_as, monkeypatch):
     monkeypatch.setattr(ranks.dist, "init_process_group", lambda *_, **__: None)
     monkeypatch.setattr(ranks.dist, "destroy_process_group", lambda: None)
     monkeypatch.setattr(ranks, "count", lambda: 2)
-    with pytest.raises(ends_as), ranks.joined(CPU):
+    with pytest.raises(ends_as) as ended, ranks.joined(CPU):
         raise error
+    assert str(error).partition("\n")[0] in str(ended.value)
+    assert "frame #0" not in str(ended.value)
 
 
 def test_a_process_lost_within_an_epoch(tmp_path, monkeypatch, capsys):
@@ -170,7 +173,8 @@ def test_a_process_lost_within_an_epoch(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(step, "train_step", gone)
     assert train.main([*SMALL, "--out", str(tmp_path / "run")]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith(f"error: another process has ended; --resume {tmp_path}/run continues")
+    assert error.startswith("error: another process has ended or cannot be reached ([../gloo/")
+    assert f" closed by peer); --resume {tmp_path}/run continues" in error
 
 
 def test_the_others_hear_of_a_full_disk(monkeypatch):
