@@ -89,7 +89,7 @@ def load_data(run: Path) -> data.Dataset:
     """The data set of the run in a folder, on the CPU. Raises UserError as `load_config` and
     `data.load` do, and if `--data` now means other images, as `auto` does when offline, say."""
     config = load_config(run)
-    moved = f"if its images moved: python train.py --resume {shlex.quote(str(run))} --data …"
+    moved = f"if its images moved: python train.py --resume {shlex.quote(run.as_posix())} --data …"
     try:
         name, images, flags = config["data"], config["images"], config["flags"]
         source, folder, cpu = flags["data"], Path(flags["data_dir"]), torch.device("cpu")

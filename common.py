@@ -27,8 +27,9 @@ class Terminated(BaseException):
 
 
 def going_on(folder: Path, how: str = "after the last finished epoch") -> str:
-    """How to continue an interrupted run."""
-    return f"--resume {shlex.quote(str(folder))} continues {how}"
+    """How to continue an interrupted run. Windows takes slashes too; backslashes would be quoted,
+    which its cmd.exe does not understand."""
+    return f"--resume {shlex.quote(folder.as_posix())} continues {how}"
 
 
 def require(*packages: str) -> None:

@@ -79,7 +79,7 @@ def make_parser() -> Parser:
     parser.set_defaults(**vars(Policy()) | {"rgb_shift": list(Policy.rgb_shift)})
 
     flag = parser.add_argument_group("run").add_argument
-    flag("--device", choices=DEVICES, default="auto", help="auto: the best available")
+    flag("--device", choices=DEVICES, default="auto", help="auto: cuda if available, else cpu")
     precision = "auto: set by device; on a GPU fp32 rounds to TF32 in convolutions"
     flag("--precision", choices=("auto", *step.DTYPES), default="auto", help=precision)
     flag("--deterministic", action="store_true", help="bit-identical runs on a GPU too; slower")

@@ -24,14 +24,16 @@ PACKAGES += ("opencv-python-headless", "kornia")
 
 
 def choose_device(name: str) -> torch.device:
-    """The device `name`; for "auto" the best there is. Raises UserError if it is not available."""
+    """The device `name`; for "auto" a GPU with CUDA, else the CPU: on mps, the backward of
+    channels-last BatchNorm fails or is wrong in PyTorch 2.11 and 2.12 (pytorch#175189, #188371).
+    Raises UserError if it is not available."""
     available = {
         "cuda": torch.cuda.is_available(),
         "mps": torch.backends.mps.is_available(),
         "cpu": True,
     }
     if name == "auto":
-        name = next(kind for kind, there in available.items() if there)
+        name = "cuda" if available["cuda"] else "cpu"
     if not available[name]:
         raise UserError(f"--device {name}: not available here; use --device cpu")
     if name != "cuda":
@@ -136,9 +138,10 @@ def versions() -> dict[str, str | None]:
         commit += "-dirty" * bool(output("diff", "HEAD", "--name-only", "--", "*.py"))
     except (OSError, subprocess.CalledProcessError):
         commit = None
+    libc = platform.libc_ver() if sys.platform == "linux" else ()  # it would read python.exe
     found = {
         "python": sys.version.split()[0],
-        "libc": " ".join(platform.libc_ver()).strip() or None,  # its malloc affects memory
+        "libc": " ".join(libc).strip() or None,  # its malloc affects memory
         "commit": commit,
     }
     for name in PACKAGES:

@@ -43,7 +43,10 @@ def joined(device: torch.device) -> Iterator[None]:
     patience = timedelta(hours=1)  # for the others, while process 0 downloads and decodes
     dist.init_process_group(backend, timeout=patience, device_id=own)
     try:
-        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if rank() else sys.stdout):
+        with (
+            open(os.devnull, "w", encoding="utf-8") as nowhere,
+            redirect_stdout(nowhere if rank() else sys.stdout),
+        ):
             yield
     except RuntimeError as error:
         if not lost(error):

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import random
 import signal
+import sys
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -86,6 +87,8 @@ def loader(
         AugmentedImages(images.cpu(), labels.cpu(), transforms),
         batch_sampler=batches,
         num_workers=workers,
+        # Python 3.14's fork server would not survive SIGTERM, sent to a whole job, nor its workers.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         pin_memory=images.is_cuda,
         worker_init_fn=start_worker,
     )
@@ -97,9 +100,10 @@ def augmented(
     """The data set's training images at each index of `batches`, augmented, normalised and on its
     device, with their labels."""
     mean, std, device = dataset.mean, dataset.std, dataset.mean.device
+    pinned = device.type == "cuda"  # from other memory, mps would copy after it was freed
     given = dataset.train_images, dataset.train_labels, [index.tolist() for index in batches]
     for batch in loader(*given, policy, mean, workers):
-        images, labels = (each.to(device, non_blocking=True) for each in batch)
+        images, labels = (each.to(device, non_blocking=pinned) for each in batch)
         yield data.normalize(images, mean, std), labels
 
 
@@ -125,6 +129,7 @@ def kill_workers() -> None:
     """Kill workers that an error left behind: multiprocessing would send them SIGTERM, which they
     ignore, and wait for ever."""
     if workers := multiprocessing.active_children():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise again
+        if hasattr(signal, "SIGCHLD"):  # not on Windows
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would raise again
         for worker in workers:
             worker.kill()

@@ -7,7 +7,7 @@ import runpy
 import signal
 import subprocess
 import sys
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 from unittest.mock import Mock
 
 import pytest
@@ -115,3 +115,4 @@ def test_out_of_memory_by_any_name():
 
 def test_the_way_on_can_be_pasted():
     assert common.going_on(Path("my run")).startswith("--resume 'my run' continues")
+    assert common.going_on(PureWindowsPath("runs", "s0")).startswith("--resume runs/s0 continues")

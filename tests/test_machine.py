@@ -41,6 +41,8 @@ def test_there_need_not_be_a_glibc(monkeypatch):
     monkeypatch.setattr(sys, "platform", "win32")
     monkeypatch.setattr(machine.ctypes, "CDLL", lambda _: pytest.fail("loaded"))
     machine.keep_freed_memory()
+    monkeypatch.setattr(machine.platform, "libc_ver", lambda: pytest.fail("read"))
+    assert machine.versions.__wrapped__()["libc"] is None
 
 
 def test_freed_memory_is_kept():
@@ -86,8 +88,9 @@ def test_the_best_device_and_its_precision(monkeypatch):
     with pytest.raises(machine.UserError, match="--precision bf16: this GPU does not support it"):
         machine.choose_precision("bf16", gpu)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
-    assert machine.choose_device("auto") == torch.device("cpu")
+    for has_mps in (True, False):
+        monkeypatch.setattr(torch.backends.mps, "is_available", lambda has=has_mps: has)
+        assert machine.choose_device("auto") == torch.device("cpu")
     with pytest.raises(machine.UserError, match="--device mps: not available here"):
         machine.choose_device("mps")
     assert machine.choose_precision("auto", torch.device("mps")) == "fp32"

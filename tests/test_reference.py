@@ -5,6 +5,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import cv2
 import numpy as np
@@ -79,6 +80,21 @@ def test_workers_leave_sigterm_to_the_run():
         os.kill(worker.pid, signal.SIGTERM)
     time.sleep(0.5)
     assert sum(1 for _ in batches) == 18
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system's own way")
+def test_workers_are_forked():
+    """From a fork server, Python 3.14's default, none would outlive SIGTERM to a whole job."""
+    assert loader(*numbered(50)).multiprocessing_context.get_start_method() == "fork"
+
+
+def test_workers_are_killed_where_there_is_no_sigchld(monkeypatch):
+    """As on Windows."""
+    monkeypatch.delattr(signal, "SIGCHLD")
+    monkeypatch.setattr(multiprocessing, "active_children", lambda: [worker])
+    worker = Mock()
+    reference.kill_workers()
+    worker.kill.assert_called_once_with()
 
 
 def test_albumentations_does_not_ask_the_network():
