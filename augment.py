@@ -108,11 +108,8 @@ def jitter_colours(images: Tensor, colours: Colours) -> Tensor:
     """Apply RGB shift, then brightness and contrast, to images uint8 or float (N, 3, H, W) in 0–255
     units. Returns float32 of whole levels in [0, 255], as albumentations computes on uint8."""
     shifted = (images + colours.rgb_shift.view(-1, 3, 1, 1)).clamp(0, 255)
-    return (
-        (shifted * colours.alpha.view(-1, 1, 1, 1) + colours.beta.view(-1, 1, 1, 1))
-        .clamp(0, 255)
-        .floor()
-    )
+    changed = shifted * colours.alpha.view(-1, 1, 1, 1) + colours.beta.view(-1, 1, 1, 1)
+    return changed.clamp(0, 255).floor()
 
 
 def apply(

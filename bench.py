@@ -27,12 +27,12 @@ import graph
 import measure
 import model
 import report
-import step
 import trials
 import ways
 from common import Parser, UserError, first_line, number, require, with_exit_status
 from machine import (
     DEVICES,
+    DTYPES,
     choose_device,
     choose_precision,
     device_name,
@@ -52,11 +52,11 @@ def bench_epoch(args: Namespace) -> None:
     usual = [256, 512, 1024] if device.type == "cuda" else [128, 256, 512]
     sizes = sorted(args.batch_size or usual)  # smallest first: on a CPU, a process keeps its memory
     dataset, layers, precision = prepared(args, max(ways.BATCH, *sizes))
-    ceilings = measure.measure_ceilings(device, step.DTYPES[precision])
+    ceilings = measure.measure_ceilings(device, DTYPES[precision])
     rows = []
     for batch in sizes:
         row = epoch_row(dataset, ways.settings(args.net, batch, precision))
-        floor = measure.floor_seconds(layers, batch, step.DTYPES[precision], ceilings)
+        floor = measure.floor_seconds(layers, batch, DTYPES[precision], ceilings)
         rows.append(row | {"floor_seconds": EPOCH / batch * floor})
     title = f"seconds for 50,000 images, {args.net} on {dataset.name}, {precision}"
     print(f"\n{title}; {device_name(device)}\n{format_rows(rows)}\n", flush=True)
@@ -73,12 +73,11 @@ def bench_layers(args: Namespace) -> None:
     """Time each layer's forward and backward beside its floor: where an epoch's time goes."""
     batch, (dataset, layers, precision) = ways.BATCH, prepared(args, ways.BATCH)
     layers = [layer for layer in layers if not layer.kind.endswith("pool2d")]  # not functions
-    device, dtype = dataset.train_images.device, step.DTYPES[precision]
+    device, dtype = dataset.device, DTYPES[precision]
     ceilings = measure.measure_ceilings(device, dtype)
     settings = ways.settings(args.net, batch, precision)
     phases = ways.layers(dataset, settings, [layer.name for layer in layers])
-    rounds = 100 if device.type == "cuda" else 6
-    seconds = measure.phase_seconds(phases, device, rounds)
+    seconds = measure.phase_seconds(phases, device, steps_to_time(device))
     rows = [
         {
             "name": layer.name,
@@ -118,12 +117,11 @@ def bench_kernels(args: Namespace) -> None:
     """What one training step is made of: a GPU's kernels, or PyTorch's operations on a CPU. For the
     rest of the time that a step takes, a GPU is idle."""
     batch, (dataset, _, precision) = ways.BATCH, prepared(args, ways.BATCH)
-    device = dataset.train_images.device
+    device = dataset.device
     way = ways.training(dataset, ways.settings(args.net, batch, precision))
-    count = 100 if device.type == "cuda" else 6
+    count = steps_to_time(device)
     seconds = 1 / measure.rates({"ours": way}, device, warm_up=2, count=count)["ours"]
-    steps = way()
-    rows = measure.kernels(lambda: next(steps), device, rounds=16)
+    rows = measure.kernels(partial(next, way()), device, rounds=16)
     title = f"kernels of one step, batch of {batch}, {args.net} on {dataset.name}, {precision}"
     print(f"\n{title}; {device_name(device)}\n       µs  count")
     for row in rows[:40]:
@@ -138,7 +136,7 @@ def prepared(args: Namespace, batch: int) -> tuple[data.Dataset, list[graph.Laye
     """Data for batches of size `batch`, the net's layers, and the precision it is trained in."""
     dataset = load(args.data, choose_device(args.device), batch)
     layers = graph.trace(model.build(args.net, len(dataset.classes))).layers
-    return dataset, layers, choose_precision("auto", dataset.train_images.device)
+    return dataset, layers, choose_precision("auto", dataset.device)
 
 
 def load(source: str, device: torch.device, batch: int) -> data.Dataset:
@@ -148,10 +146,15 @@ def load(source: str, device: torch.device, batch: int) -> data.Dataset:
     return dataset
 
 
+def steps_to_time(device: torch.device) -> int:
+    """How many steps to time; a CPU's take long."""
+    return 100 if device.type == "cuda" else 6
+
+
 def epoch_row(dataset: data.Dataset, settings: Namespace) -> dict[str, Any]:
     """The time of an epoch and of its phases; on a GPU the rest of the epoch is spent waiting."""
-    device, batch = dataset.train_images.device, settings.batch_size
-    steps = 100 if device.type == "cuda" else 6
+    device, batch = dataset.device, settings.batch_size
+    steps = steps_to_time(device)
     measure.reset_peak_memory(device)
     way = {"ours": ways.training(dataset, settings)}
     rate = measure.rates(way, device, warm_up=2, count=steps)["ours"]
@@ -168,12 +171,11 @@ def epoch_row(dataset: data.Dataset, settings: Namespace) -> dict[str, Any]:
 def epoch_ways(dataset: data.Dataset, net: str, precision: str) -> dict[str, float]:
     """Seconds of an epoch in each way, in batches of `ways.BATCH`; a loader's start, before its
     first batches, is usually not counted."""
-    device = dataset.train_images.device
+    device = dataset.device
     flags_of: dict[str, list[str]] = {"ours": []}
     if device.type == "cuda":
-        flags_of |= {
-            f"ours, {flag}": [flag] for flag in ("--eager", "--compile", "--deterministic")
-        }
+        for flag in ("--eager", "--compile", "--deterministic"):
+            flags_of[f"ours, {flag}"] = [flag]
     for workers in sorted({2, CORES}):
         reference = ["--augment", "albumentations", "--workers", str(workers)]
         flags_of[f"albumentations, {workers} workers"] = reference
@@ -189,11 +191,9 @@ def epoch_ways(dataset: data.Dataset, net: str, precision: str) -> dict[str, flo
     settings = ways.settings(net, ways.BATCH, precision)
     every["ours, sharpness-aware"] = ways.training(dataset, settings, settings.sam)
     for plain in dict.fromkeys((precision, "fp32")):
-        every[f"plain loop, {plain}"] = ways.plain_loop(
-            dataset, ways.settings(net, ways.BATCH, plain)
-        )
-    count = 100 if device.type == "cuda" else 6
-    rates = measure.rates(every, device, warm_up=2 * CORES + 2, count=count)
+        settings = ways.settings(net, ways.BATCH, plain)
+        every[f"plain loop, {plain}"] = ways.plain_loop(dataset, settings)
+    rates = measure.rates(every, device, warm_up=2 * CORES + 2, count=steps_to_time(device))
     return {name: EPOCH / ways.BATCH / rate for name, rate in rates.items()}
 
 
@@ -298,7 +298,7 @@ def bench_all(args: Namespace) -> None:
 @with_exit_status
 def main(argv: list[str]) -> None:
     versions()  # as they are now: cached
-    parser = Parser(prog="bench.py", description=__doc__.partition("\n")[0])
+    parser = Parser(description=__doc__.partition("\n")[0])
     what = parser.add_subparsers(required=True)
     count = number(int, 1)
 

@@ -88,7 +88,7 @@ def exit_status(job: Callable[[], int | None]) -> int:
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        print("error: out of memory: free some memory or use another device", file=sys.stderr)
+        sys.stderr.write("error: out of memory: free some memory or use another device\n")
         return 2
     except KeyboardInterrupt as interrupt:
         sys.stderr.write(f"interrupted: {interrupt}".rstrip(": ") + "\n")

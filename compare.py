@@ -97,7 +97,7 @@ def differing_flags(used: dict[str, dict[str, Any]]) -> list[str]:
 
 @with_exit_status
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="compare.py", description="Compare runs with the first one.")
+    parser = Parser(description="Compare runs with the first one.")
     parser.add_argument(
         "runs", metavar="RUN", nargs="+", type=Path, help="a run's folder, or --repeat's"
     )

@@ -36,6 +36,10 @@ class Dataset:
     std: Tensor
     tested_on: str
 
+    @property
+    def device(self) -> torch.device:
+        return self.train_images.device
+
     @cached_property
     def checksum(self) -> str:
         """A checksum of images, labels and classes that a run records and later compares."""

@@ -29,8 +29,7 @@ CALMER = "start again in another --out, with a lower --lr or --precision fp32"
 def training_batches(dataset: data.Dataset, args: Namespace) -> Iterator[tuple[Tensor, Tensor]]:
     """This process's share of each batch of one shuffled epoch: inputs float32 (B, 3, 32, 32),
     augmented and normalised, and labels (B,)."""
-    device = dataset.train_images.device
-    batches = data.epoch_batches(len(dataset.train_images), args.batch_size, device)
+    batches = data.epoch_batches(len(dataset.train_images), args.batch_size, dataset.device)
     batches = [ranks.share(index) for index in batches]
     ranks.own_streams()
     if args.augment == "albumentations":
@@ -40,7 +39,7 @@ def training_batches(dataset: data.Dataset, args: Namespace) -> Iterator[tuple[T
         return
     policy = policy_of(args) if args.augment == "device" else None
     size = len(batches[0])
-    several = batches_at_once(size, device)
+    several = batches_at_once(size, dataset.device)
     for first in range(0, len(batches), several):
         index = torch.cat(batches[first : first + several])
         images = dataset.train_images.index_select(0, index)  # faster than images[index] on a CPU
@@ -86,7 +85,7 @@ def train_epoch(
         "train_accuracy": right.sum().item() / count,
         "seconds": seconds,
         "images_per_second": count / seconds,
-        "skipped_steps": int(skipped.sum().item()) // ranks.count(),
+        "skipped_steps": int(skipped.sum()) // ranks.count(),
     }
 
 

@@ -214,7 +214,7 @@ def median_seconds(classify: Callable[[np.ndarray], np.ndarray], images: np.ndar
 
 @with_exit_status
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="export.py", description="Export a trained net to ONNX.")
+    parser = Parser(description="Export a trained net to ONNX.")
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder")
     parser.add_argument("--int8", action="store_true", help="write a quantised int8 model too")
     args = parser.parse_args(argv)

@@ -7,16 +7,14 @@ from typing import Any
 
 import checkpoint
 import model
-import step
 import zoo
 from augment import BORDERS, Policy
 from common import SIZE, Parser, UserError, number
-from machine import DEVICES
+from machine import DEVICES, DTYPES
 
 
 def make_parser() -> Parser:
     parser = Parser(
-        prog="train.py",
         allow_abbrev=False,
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         description="Train a CIFAR-10 net with fewer than 200,000 parameters.",
@@ -81,7 +79,7 @@ def make_parser() -> Parser:
     flag = parser.add_argument_group("run").add_argument
     flag("--device", choices=DEVICES, default="auto", help="auto: cuda if available, else cpu")
     precision = "auto: set by device; on a GPU fp32 rounds to TF32 in convolutions"
-    flag("--precision", choices=("auto", *step.DTYPES), default="auto", help=precision)
+    flag("--precision", choices=("auto", *DTYPES), default="auto", help=precision)
     flag("--deterministic", action="store_true", help="bit-identical runs on a GPU too; slower")
     flag("--eager", action="store_true", help="no CUDA graph: launch each operation separately")
     flag("--compile", action="store_true", help="use torch.compile; slow to start")
@@ -129,7 +127,7 @@ def parse_flags(argv: list[str]) -> Namespace:
                 raise UserError(f"{option(given[0])} does nothing alone: set {option(missing)} too")
         return args
     flags = flags_of_run(Path(args.resume), parser)
-    args = parser.parse_args([*spelled(flags), *argv])
+    args = parser.parse_args(argv, Namespace(**flags))
     for name, value in vars(args).items():
         if name not in MAY_CHANGE and value != flags[name]:
             raise UserError(
@@ -155,7 +153,7 @@ def flags_of_run(run: Path, parser: Parser) -> dict[str, Any]:
                 raise UserError(f"{name} cannot be {value}")
     except UserError as error:
         raise UserError(f"{run / 'config.json'} is damaged: {error}") from error
-    return flags
+    return parsed
 
 
 def spelled(flags: dict[str, Any]) -> list[str]:

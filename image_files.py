@@ -72,9 +72,8 @@ def _fingerprint(path: Path) -> str:
     if path.is_dir():
         for file in _files(path):
             stat = file.stat()
-            digest.update(
-                os.fsencode(f"{file.relative_to(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\0")
-            )
+            facts = f"{file.relative_to(path)}\0{stat.st_size}\0{stat.st_mtime_ns}\0"
+            digest.update(os.fsencode(facts))
     else:
         with path.open("rb") as file:
             hashlib.file_digest(file, lambda: digest)

@@ -19,6 +19,7 @@ from common import UserError, first_line, is_out_of_memory
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 DEVICES = ("auto", "cpu", "cuda", "mps")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PACKAGES = ("torch", "torchvision", "numpy", "Pillow", "albumentations")
 PACKAGES += ("opencv-python-headless", "kornia")
 

@@ -48,9 +48,8 @@ class Mixed(nn.Module):
 def mirrored(convolution: nn.Conv2d) -> nn.Conv2d:
     """`convolution`, its weight made from kernels that serve both halves."""
     mixes = convolution.groups == 1 and convolution.in_channels != 3
-    return parametrize.register_parametrization(
-        convolution, "weight", Mixed() if mixes else Paired()
-    )
+    halves = Mixed() if mixes else Paired()
+    return parametrize.register_parametrization(convolution, "weight", halves)
 
 
 class MirrorNorm(nn.BatchNorm2d):

@@ -75,8 +75,7 @@ def parameter_groups(net: nn.Module, args: Namespace) -> list[dict[str, Any]]:
     """Groups of weights, of one-dimensional parameters, which never decay, and, with Muon, of the
     kernels that mix channels."""
     dense = [m for m in net.modules() if isinstance(m, nn.Conv2d) and m.groups == 1]
-    mixing = {p for convolution in dense for p in convolution.parameters() if p.ndim >= 2}
-    by_muon = mixing if args.optimizer == "muon" else set()
+    by_muon = {p for m in dense for p in m.parameters()} if args.optimizer == "muon" else set()
     weights = [p for p in net.parameters() if p.ndim >= 2]
     groups = [
         {"params": [p for p in weights if p not in by_muon], "weight_decay": args.weight_decay},

@@ -313,7 +313,7 @@ def redraw(run: Path, numbers: list[int] | None) -> None:
 
 @with_exit_status
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="plots.py", description="Draw runs' pictures again.")
+    parser = Parser(description="Draw runs' pictures again.")
     parser.add_argument("runs", metavar="RUN", nargs="+", type=Path, help="run folders")
     parser.add_argument(
         "--images", type=int, nargs="+", help="test image numbers for Grad-CAM; after RUN"

@@ -88,9 +88,8 @@ def probabilities(
 def classify(args: Namespace, failed: list[str]) -> None:
     """Print the net's top classes for each image; names of unreadable ones go to `failed`."""
     device = choose_device(args.device)
-    net, content = checkpoint.load_net(
-        args.run if args.run.suffix == ".pt" else args.run / "model.pt"
-    )
+    path = args.run if args.run.suffix == ".pt" else args.run / "model.pt"
+    net, content = checkpoint.load_net(path)
     net.to(device, memory_format=torch.channels_last)
     classes = content["classes"]
     mean, std = (torch.tensor(content[key], device=device) for key in ("mean", "std"))
@@ -114,7 +113,7 @@ def classify(args: Namespace, failed: list[str]) -> None:
 @with_exit_status
 def main(argv: list[str]) -> int:
     """The exit status is 1 where a file was skipped."""
-    parser = Parser(prog="predict.py", description="Classify images with a trained net.")
+    parser = Parser(description="Classify images with a trained net.")
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder, or its model.pt")
     parser.add_argument(
         "images", metavar="IMAGE", nargs="+", help="image files, folders, or - for stdin"

@@ -49,24 +49,21 @@ def joined(device: torch.device) -> Iterator[None]:
         ):
             yield
     except RuntimeError as error:
-        if not lost(error):
-            raise
-        raise apart(error, "start again, all of them") from error
+        refuse_lost(error, "start again, all of them")
+        raise
     finally:  # after a mistake too: Gloo's threads, left running, may abort the process at its exit
         if backend == "gloo" or sys.exception() is None:
             dist.destroy_process_group()
 
 
-def lost(error: BaseException) -> bool:
-    """Whether another process, or the connection to it, is gone."""
-    return count() > 1 and (isinstance(error, dist.DistError) or "gloo/transport" in str(error))
-
-
-def apart(error: BaseException, way_on: str) -> UserError:
-    """What to say of an error that is `lost`: with the library's words, for NCCL's may tell of a
-    wrong set-up instead."""
-    said = str(error).partition("Exception raised from")[0].strip()  # then a C++ stack
-    return UserError(f"another process has ended or cannot be reached ({said}); {way_on}")
+def refuse_lost(error: RuntimeError | MemoryError, way_on: str) -> None:
+    """Raise UserError if another process, or the connection to it, is gone: with the library's
+    words, for NCCL's may tell of a wrong set-up instead."""
+    if count() > 1 and (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
+        said = str(error).partition("Exception raised from")[0].strip()  # then a C++ stack
+        raise UserError(
+            f"another process has ended or cannot be reached ({said}); {way_on}"
+        ) from error
 
 
 @contextmanager

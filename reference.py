@@ -29,15 +29,11 @@ def compose(policy: Policy, fill: tuple[float, ...]) -> A.Compose:
     albumentations truncates `fill` to whole levels on uint8 images.
     """
     transforms = []
-    if policy.rgb_shift_p:
+    if p := policy.rgb_shift_p:
         limits = (limit / 255 for limit in policy.rgb_shift)  # it reads up to ±1 as fractions
-        transforms.append(A.RGBShift(*limits, p=policy.rgb_shift_p))
-    if policy.brightness_contrast_p:
-        transforms.append(
-            A.RandomBrightnessContrast(
-                policy.brightness, policy.contrast, p=policy.brightness_contrast_p
-            )
-        )
+        transforms.append(A.RGBShift(*limits, p=p))
+    if p := policy.brightness_contrast_p:
+        transforms.append(A.RandomBrightnessContrast(policy.brightness, policy.contrast, p=p))
     transforms += [
         A.HorizontalFlip(p=policy.flip_p),
         A.Affine(
@@ -99,12 +95,11 @@ def augmented(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """The data set's training images at each index of `batches`, augmented, normalised and on its
     device, with their labels."""
-    mean, std, device = dataset.mean, dataset.std, dataset.mean.device
-    pinned = device.type == "cuda"  # from other memory, mps would copy after it was freed
+    pinned = dataset.device.type == "cuda"  # from other memory, mps would copy after it was freed
     given = dataset.train_images, dataset.train_labels, [index.tolist() for index in batches]
-    for batch in loader(*given, policy, mean, workers):
-        images, labels = (each.to(device, non_blocking=pinned) for each in batch)
-        yield data.normalize(images, mean, std), labels
+    for batch in loader(*given, policy, dataset.mean, workers):
+        images, labels = (each.to(dataset.device, non_blocking=pinned) for each in batch)
+        yield data.normalize(images, dataset.mean, dataset.std), labels
 
 
 def reseed(transforms: A.Compose) -> None:

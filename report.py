@@ -93,11 +93,16 @@ def format_line(line: dict[str, float]) -> str:
     )
 
 
+def place(facts: dict[str, Any]) -> str:
+    """What a run is computed on, and how."""
+    processes = f", {facts['processes']} processes" if facts["processes"] > 1 else ""
+    return f"{facts['device']}, {facts['precision']}{processes}"
+
+
 def announce(facts: dict[str, Any], dataset: data.Dataset, folder: Path) -> None:
     """Print what a run is about to do."""
-    processes = f", {facts['processes']} processes" if facts["processes"] > 1 else ""
     print(
-        f"device     {facts['device']}, {facts['precision']}{processes}\n"
+        f"device     {place(facts)}\n"
         f"data       {dataset.name}: {len(dataset.train_images):,} training images, "
         f"{dataset.tested_on}\n"
         f"net        {facts['net']}: {facts['parameters']:,} parameters, receptive field "
@@ -128,13 +133,8 @@ def describe_recipe(args: Namespace) -> str:
         f"not published: {listed(rest)}",
         recipe.note,
     )
-    indent = " " * 11
-    lines = (
-        textwrap.fill(s, 80, initial_indent=indent, subsequent_indent=indent + "  ")
-        for s in sentences
-        if s
-    )
-    return "\n".join([f"recipe     {args.recipe}", *lines])
+    wrap = textwrap.TextWrapper(80, initial_indent=11 * " ", subsequent_indent=13 * " ").fill
+    return "\n".join([f"recipe     {args.recipe}", *map(wrap, filter(None, sentences))])
 
 
 def show(summary: dict[str, Any]) -> None:
@@ -157,9 +157,6 @@ def write_card(folder: Path, summary: dict[str, Any], flags: dict[str, Any]) -> 
     """Write the model card, `card.md`: what was trained, how, on what, and how good it is."""
     shown = {k.replace("|", r"\|"): share for k, share in summary["class_accuracy"].items()}
     shares = "\n".join(f"| {name} | {share:.1%} |" for name, share in shown.items())
-    device = f"{summary['device']}, {summary['precision']}"
-    if summary["processes"] > 1:
-        device += f", {summary['processes']} processes"
     given = ", ".join(f"`{key} {value}`" for key, value in flags.items() if value is not None)
     text = f"""# {summary["net"]} on {summary["data"]}
 
@@ -177,7 +174,7 @@ other images, sizes and cameras are untested.
 | theoretical receptive field | {summary["receptive_field"]} pixels |
 | epochs, seed | {summary["epochs"]}, {summary["seed"]} |
 | recipe | {summary["recipe"] or "train.py's own"} |
-| device | {device}, {summary["total_seconds"]:.0f} s |
+| device | {place(summary)}, {summary["total_seconds"]:.0f} s |
 | versions | {", ".join(f"{k} {v}" for k, v in summary["versions"].items())} |
 
 ```

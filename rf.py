@@ -107,7 +107,7 @@ def show_effective(run: Path) -> None:
 
 @with_exit_status
 def main(argv: list[str]) -> None:
-    parser = Parser(prog="rf.py", description="Receptive field of a net, layer by layer.")
+    parser = Parser(description="Receptive field of a net, layer by layer.")
     parser.add_argument("--net", choices=model.NETS, help="net to list (default: atrous)")
     either = parser.add_mutually_exclusive_group()
     either.add_argument("--json", action="store_true", help="print JSON only")

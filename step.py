@@ -13,10 +13,10 @@ from torch import Tensor, nn
 import ranks
 from augment import Policy, apply, jitter_colours, sample, sample_colours
 from data import Dataset, normalize
+from machine import DTYPES
 from optimise import Training
 
 Step = Callable[[Tensor, Tensor], Tensor]  # takes inputs and labels, returns what train_step does
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
 def prepared(images: Tensor, policy: Policy | None, mean: Tensor, std: Tensor) -> Tensor:
@@ -76,13 +76,10 @@ def train_step(
     if radius:
         with uphill(net, radius):
             compute_gradients(batch)
-    skipped = torch.zeros_like(loss)
-    if scaler.is_enabled():
-        scaler.unscale_(optimizer)
-        norm = nn.utils.get_total_norm(p.grad for p in net.parameters() if p.grad is not None)
-        skipped = 1 - norm.isfinite().float()
+    scale = scaler.get_scale()
     scaler.step(optimizer)
-    scaler.update()
+    scaler.update()  # lowers the scale if it skipped the step
+    skipped = torch.full_like(loss, scaler.get_scale() < scale)
     right = (logits.argmax(1) == labels[:count]).sum() * (batch / count)
     return torch.stack([loss.detach(), right, skipped])
 

@@ -78,14 +78,14 @@ def run_seeds(args: Namespace, argv: list[str], device: torch.device) -> None:
         raise UserError(f"--data {args.data}: the processes read different images; try again")
     seconds = time.perf_counter() - start
     refuse_batch_size(args, dataset)
-    several = ["torchrun", f"--nproc-per-node={ranks.count()}"]
-    command = shlex.join([*(several if ranks.count() > 1 else ["python"]), "train.py", *argv])
-    if not args.resume:
-        refuse_existing(run_folder(args, dataset.name))
-    else:
+    program = ["torchrun", f"--nproc-per-node={ranks.count()}"] if ranks.count() > 1 else ["python"]
+    command = shlex.join([*program, "train.py", *argv])
+    if args.resume:
         config = checkpoint.load_config(Path(args.resume))
         refuse_other_images(config, dataset, args)
         command = config.get("command", command)  # the one that began the run
+    else:
+        refuse_existing(run_folder(args, dataset.name))
     if ranks.rank() == 0:
         print(f"data read in {seconds:.1f} s", file=sys.stderr)
     if args.repeat == 1:
@@ -149,15 +149,14 @@ def run(
     `start` is the `time.perf_counter()` reading that total_seconds counts from; `way_on` is what to
     say about continuing if something stops the run (default: resume this run).
     """
-    device = dataset.train_images.device
     torch.manual_seed(args.seed)
     net = model.build(args.net, len(dataset.classes), args.dropout)
     facts = facts_of(net, dataset, args, command)
     steps = len(dataset.train_images) // args.batch_size
-    training = make_training(net, args, device, steps)
+    training = make_training(net, args, dataset.device, steps)
     folder = run_folder(args, dataset.name)
     way_on = way_on or going_on(folder)
-    with alone_in(folder), ending_in_one_line(args, device, way_on):
+    with alone_in(folder), ending_in_one_line(args, dataset.device, way_on):
         if (folder / "summary.json").exists():
             note_source(folder, dataset, args)
             print(f"{folder} has already finished, after epoch {args.epochs}")
@@ -219,7 +218,7 @@ def facts_of(
         "receptive_field": max(trace.receptive_field),
         "multiply_adds": trace.multiply_adds,
         "precision": args.precision,
-        "device": device_name(dataset.train_images.device),
+        "device": device_name(dataset.device),
         "processes": ranks.count(),
         "command": command,
         "versions": versions(),
@@ -228,8 +227,8 @@ def facts_of(
 
 def resume(training: Training, folder: Path, dataset: data.Dataset, args: Namespace) -> None:
     """Restore `training` to where the run in `folder` stopped; record where its images lie now."""
-    state, ours = checkpoint.load(folder / "last.pt"), identity(args)
-    if state.get("run") != ours:
+    state = checkpoint.load(folder / "last.pt")
+    if state.get("run") != identity(args):
         raise UserError(f"--resume {folder}: last.pt and config.json are from different runs")
     try:
         training.load_state(state)
@@ -262,8 +261,7 @@ def ending_in_one_line(args: Namespace, device: torch.device, way_on: str) -> It
             raise UserError(
                 f"--workers {args.workers}: {said}; resume with --workers 0: {way_on}"
             ) from error
-        if ranks.lost(error):
-            raise ranks.apart(error, way_on) from error
+        ranks.refuse_lost(error, way_on)
         if not is_out_of_memory(error):
             raise
         raise UserError(

@@ -94,10 +94,8 @@ def row_of(folders: list[Path], histories: list[History]) -> dict[str, Any]:
     """One variant's runs as a row; accuracies are fractions, sd None for one seed."""
     runs = [checkpoint.load_summary(folder) for folder in folders]
     seconds = [line["seconds"] for history in histories for line in history]
-    row = {
-        key: runs[0][key]
-        for key in ("net", "parameters", "multiply_adds", "receptive_field", "epochs")
-    }
+    shared = ("net", "parameters", "multiply_adds", "receptive_field", "epochs")
+    row = {key: runs[0][key] for key in shared}
     for key in ("final_accuracy", "flip_accuracy", "best_accuracy", "training_seconds"):
         values = [run[key] for run in runs]
         sd = statistics.stdev(values) if len(values) > 1 else None

@@ -48,7 +48,7 @@ def training(dataset: data.Dataset, args: Namespace, radius: float = 0.0) -> Way
 
 def phases(dataset: data.Dataset, args: Namespace) -> Phases:
     """train.py's own step in five parts, the first two for all batches augmented at once."""
-    device, batch = dataset.train_images.device, args.batch_size
+    device, batch = dataset.device, args.batch_size
     images = batch * epochs.batches_at_once(batch, device)
     index = torch.randint(len(dataset.train_images), (images,), device=device)
     learner, policy = _learner(dataset, args), flags.policy_of(args)
@@ -116,10 +116,10 @@ def layers(dataset: data.Dataset, args: Namespace, names: list[str]) -> Phases:
 def plain_loop(dataset: data.Dataset, args: Namespace) -> Way:
     """The loop that one writes first around the same net: no augmentation, all defaults. On a GPU
     its norms and mirrored weights still run our kernels, its depthwise convolutions do not."""
-    device = dataset.train_images.device
+    device = dataset.device
     net = model.build(args.net, len(dataset.classes)).to(device)
     optimizer = torch.optim.SGD(net.parameters(), 0.1, momentum=0.9)
-    dtype = step.DTYPES[args.precision]
+    dtype = machine.DTYPES[args.precision]
 
     def way() -> Iterator[Tensor]:
         net.train()
@@ -215,4 +215,4 @@ def _index_batches(dataset: data.Dataset, batch_size: int) -> Iterator[Tensor]:
 
 def _learner(dataset: data.Dataset, args: Namespace) -> Training:
     net = model.build(args.net, len(dataset.classes), args.dropout)
-    return make_training(net, args, dataset.train_images.device, steps=10_000)
+    return make_training(net, args, dataset.device, steps=10_000)

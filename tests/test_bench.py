@@ -14,6 +14,7 @@ import bench
 import checkpoint
 import flags
 import plots
+import step
 from common import Terminated
 from graph import trace
 from model import build
@@ -74,15 +75,15 @@ def result(folder, name):
 def test_an_epoch_and_its_phases(arguments, briefly, tmp_path, capsys, monkeypatch):
     what = [*arguments[1:3], "--net", "net136k", "--batch-size", "64", "32"]
     what += ["--device", "cpu"]
-    radii, make_step = [], bench.step.make_step
-    monkeypatch.setattr(bench.step, "make_step", lambda *of: radii.append(of[3:]) or make_step(*of))
+    radii, make_step = [], step.make_step
+    monkeypatch.setattr(step, "make_step", lambda *of: radii.append(of[3:]) or make_step(*of))
     assert bench.main(["epoch", *what]) == 0
     assert (0.1,) in radii
     _, title, heading, *rows = capsys.readouterr().out.splitlines()[:5]
     match = re.match(r"seconds for 50,000 images, net136k on pets, (bf16|fp32); CPU", title)
     assert [len(row) for row in rows] == [len(heading)] * 2
     content = result(tmp_path, "epoch-net136k")
-    layers, dtype = trace(build("net136k", 2)).layers, bench.step.DTYPES[match[1]]
+    layers, dtype = trace(build("net136k", 2)).layers, bench.DTYPES[match[1]]
     ceilings = bench.measure.Ceilings(**content["ceilings"])
     for row, batch, said in zip(content["batch_sizes"], (32, 64), rows, strict=True):
         assert f" {row['epoch_seconds'] / row['floor_seconds']:5.1f} × " in said

@@ -66,7 +66,7 @@ def test_a_plain_loop_learns():
 def test_a_plain_loop_has_its_precision(dataset, precision, monkeypatch):
     monkeypatch.setattr(ways.F, "cross_entropy", spy := Mock(wraps=ways.F.cross_entropy))
     next(ways.plain_loop(dataset, ways.settings("net136k", 8, precision))())
-    assert spy.call_args.args[0].dtype == ways.step.DTYPES[precision]
+    assert spy.call_args.args[0].dtype == ways.machine.DTYPES[precision]
 
 
 def test_phases_of_several_batches_count_their_images(dataset, monkeypatch):
