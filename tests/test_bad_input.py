@@ -30,6 +30,7 @@ BAD_FLAGS = [
     (["--cutout", "33"], "--cutout"),
     (["--cutout-min", "17"], "--cutout-min 17"),
     (["--augment", "none", "--flip-p", "1"], "--flip-p does nothing with --augment none"),
+    (["--brightness", "1"], "--brightness does nothing alone: set --brightness-contrast-p too"),
     (["--contrast", "0.3"], "--contrast does nothing alone: set --brightness-contrast-p too"),
     (["--rgb-shift", "9", "0", "0"], "--rgb-shift does nothing alone: set --rgb-shift-p too"),
     (["--rgb-shift-p", "0.5"], "--rgb-shift-p does nothing alone: set --rgb-shift too"),
@@ -43,7 +44,7 @@ BAD_FLAGS = [
     (["--resume", "nowhere"], "nowhere/config.json"),
     (["--epochs", "1" + 400 * "0"], "--epochs"),
     (["--epoch", "3"], "--epoch"),
-    (["--out", "file/run"], "--out file/run"),
+    (["--out", "file/run"], "--out file/run cannot be written to: "),
     (["--out", "file"], "--out file"),
     (["--data", "cifar10", "--data-dir", "file"], "--data-dir file cannot be used"),
     (["--out", "r\udcff"], "r\\udcff"),
@@ -102,7 +103,10 @@ def test_weights_that_are_no_numbers_are_not_kept(tmp_path, capsys, no_pictures)
     one_step = ["--epochs", "8", "--batch-size", "60", "--net", "net136k", "--sam", "1e30"]
     assert train.main([*SMALL, *one_step, "--out", str(folder)]) == 2
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: the test loss is nan after epoch 7: start again in another")
+    said = (
+        "error: the test loss is nan after epoch 7: start again in another --out, with a lower --lr"
+    )
+    assert error == f"{said} or --precision fp32"
     content = checkpoint.load(folder / "last.pt")
     assert len(content["history"]) == 6
     assert all(value.isfinite().all() for value in content["net"].values())
@@ -202,8 +206,8 @@ def test_a_decoded_archive_that_the_disk_has_no_room_for(tmp_path, capsys):
 
 
 def test_a_folder_without_a_run_is_none_to_resume(tmp_path, monkeypatch, capsys):
-    denied = Mock(side_effect=PermissionError(13, "Permission denied"))
-    monkeypatch.setattr(report, "write_json", denied)
+    full = Mock(side_effect=OSError(28, "No space left on device"))
+    monkeypatch.setattr(report, "write_json", full)
     for more in ([], ["--repeat", "2"]):
         assert train.main([*SMALL, "--out", str(tmp_path), *more]) == 2
         said = capsys.readouterr().err.splitlines()[-1]

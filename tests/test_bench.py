@@ -251,9 +251,9 @@ def test_own_recipes_and_going_on(arguments, tmp_path, capsys):
     metrics = (tmp_path / "runs/net136k/s0/metrics.jsonl").read_text()
     assert bench.main(["recipes", *arguments[1:]]) == 0
     assert (tmp_path / "runs/net136k/s0/metrics.jsonl").read_text() == metrics
-    for other, option in ((["--epochs", "2"], "--epochs 1"), (["--epochs", "1"], "--dropout 0.1")):
-        assert bench.main(["nets", *other, *arguments[1:3], *arguments[5:]]) == 2
-        assert option in capsys.readouterr().err.splitlines()[-1]
+    for epochs, said in ("2", "atrous/s0 holds a run with --epochs 1"), ("1", "--dropout 0.1"):
+        assert bench.main(["nets", "--epochs", epochs, *arguments[1:3], *arguments[5:]]) == 2
+        assert said in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(("end", "status"), [(KeyboardInterrupt, 130), (Terminated, 143)])

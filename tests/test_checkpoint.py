@@ -23,7 +23,7 @@ def model_file(path, name="atrous", classes="abcd", **changes):
 
 def config_file(folder, train_images, holdout, **changes):
     dataset = data.load("synthetic", None, torch.device("cpu"), train_images, holdout)
-    flags = {"data": "synthetic", "data_dir": "data"}
+    flags = {"data": "synthetic", "data_dir": "there"}
     flags |= {"train_images": train_images, "holdout": holdout}
     config = {"data": "synthetic", "images": dataset.checksum, "flags": flags} | changes
     (folder / "config.json").write_text(json.dumps(config))
@@ -63,7 +63,7 @@ def test_the_previous_file_stays_until_the_new_one_takes_its_name(tmp_path, monk
     assert checkpoint.load(path)["epoch"] == 1
 
 
-def test_a_data_set_that_is_another_by_now(tmp_path):
+def test_a_data_set_that_is_another_by_now(tmp_path, monkeypatch):
     config_file(tmp_path, 50, 20, images="70 images (CRC 00000000)")
     with pytest.raises(UserError, match="images or classes of synthetic have changed"):
         checkpoint.load_data(tmp_path)
@@ -72,10 +72,19 @@ def test_a_data_set_that_is_another_by_now(tmp_path):
     config_file(tmp_path, 50, 20, data="cifar10")
     with pytest.raises(UserError, match="--data synthetic now means synthetic, not cifar10"):
         checkpoint.load_data(tmp_path)
+    config_file(tmp_path, 50, 20, flags={"data": "synthetic", "data_dir": 5})
+    with pytest.raises(UserError, match=r"config\.json is damaged: "):
+        checkpoint.load_data(tmp_path)
+    config_file(tmp_path, 50, 20)
+    monkeypatch.setattr(data, "load", asked := Mock(side_effect=UserError("no")))
+    with pytest.raises(UserError, match=f"^no; if its images moved: .* --resume {tmp_path} --data"):
+        checkpoint.load_data(tmp_path)
+    assert asked.call_args.args[:2] == ("synthetic", Path("there"))
 
 
 def test_a_folder_of_several_runs_names_one(tmp_path):
-    (tmp_path / "s3").mkdir()
+    for name in ("s3", "sgd"):
+        (tmp_path / name).mkdir()
     with pytest.raises(
         UserError, match=f"does not exist; give one of --repeat's runs, such as {tmp_path}/s3"
     ):
@@ -142,7 +151,10 @@ def test_predictions_run_no_code(tmp_path, capsys):
     assert not capsys.readouterr().out
 
 
-def test_a_summary_of_nothing_is_damaged(tmp_path):
+def test_what_is_damaged_and_can_be_made_anew(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"config\.json is damaged: 'flags'$"):  # this cannot
+        checkpoint.load_config(tmp_path)
     (tmp_path / "summary.json").write_text("{}")
     way = f"delete {tmp_path}/summary.json, then train.py --resume {tmp_path} continues"
     with pytest.raises(UserError, match=f"is damaged: images is missing; {way}"):

@@ -13,8 +13,8 @@ LINE = dict.fromkeys(("lr", "train_loss", "train_accuracy", "test_loss"), 0.5)
 
 def write_run(folder, accuracy, given=(), **facts):
     folder.mkdir(parents=True)
-    flags = {"seed": str(folder), "out": str(folder), "sam": 0.1, "rgb_shift": [0, 0, 0]}
-    flags |= {"fill": None} | dict(given)
+    flags = dict.fromkeys(("seed", "out", "data", "data_dir", "device"), str(folder))
+    flags |= {"sam": 0.1, "rgb_shift": [0, 0, 0], "fill": None} | dict(given)
     (folder / "config.json").write_text(json.dumps({"flags": flags}))
     known = {"images": "60 images", "tested_on": "test split", "versions": {}}
     (folder / "summary.json").write_text(json.dumps(known | {"final_accuracy": accuracy} | facts))
@@ -73,18 +73,20 @@ def test_runs_and_repeated_runs_side_by_side(folders, monkeypatch, capsys):
 
 
 def test_a_difference_beyond_chance(folders, capsys):
-    write_run(Path("worse/s0"), 0.7)
+    write_run(Path("worse/s0"), 0.7, {"new_flag": 1})
     assert compare.main([*folders, "worse", "--out", "c.pdf"]) == 0
-    assert "-21.00 ± 4.24, beyond chance" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "-21.00 ± 4.24, beyond chance" in said
+    assert said.endswith("\nworse: --new-flag 1 (None)\ndrawn: c.pdf\n")
     assert Path("c.pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_what_tells_nothing_about_chance(folders, capsys):
     write_run(Path("lone"), 0.92)
     assert compare.main(["alone", "lone"]) == 0  # one seed each
-    assert capsys.readouterr().out.splitlines()[2].split() == [
-        *("lone", "1", "92.00", "+0.99,", "one", "seed", "each"),
-    ]
+    _, _, line, *others, _ = capsys.readouterr().out.splitlines()
+    assert line.split() == ["lone", "1", "92.00", "+0.99,", "one", "seed", "each"]
+    assert others == ["Other flags, in brackets those of alone:", "lone: the same flags"]
     for seed in range(2):
         write_run(Path(f"same/s{seed}"), 0.92)
     assert compare.main(["same", "alone"]) == 0  # seeds that happen to be equal
@@ -100,7 +102,8 @@ def test_mistakes_are_one_line(folders, capsys):
 
     assert "--out a.gif: the file name must end in .png" in error("still", "--out", "a.gif")
     assert "nowhere/summary.json does not exist" in error("still", "nowhere")
-    for twice in (["still", "still"], ["still", "moved", "still/s0"]):
+    Path("link").symlink_to("still")
+    for twice in (["still", "still"], ["still", "moved", "still/s0"], ["link", "still"]):
         assert "still/s0 is given twice" in error(*twice)
     write_run(Path("held"), 0.9, tested_on="5,000 held-out training images")
     expected = "still is on 60 images, test split, but held on 60 images, 5,000 held-out training "

@@ -146,6 +146,8 @@ def test_subsets_are_balanced_disjoint_and_fixed():
     assert not torch.equal(more.mean, whole.mean)
     with pytest.raises(UserError, match="--holdout"):
         data.load("synthetic", None, CPU, train_images=4600, holdout=500)
+    with pytest.raises(UserError, match="ask for 5,001 images: synthetic has 5,000 for training"):
+        data.load("synthetic", None, CPU, holdout=5000)
 
 
 def test_no_class_is_left_without_a_training_image(tmp_path):
@@ -180,7 +182,7 @@ def test_without_a_network(tmp_path, monkeypatch, capsys, error):
 def test_a_wrong_sum_is_no_reason_to_fall_back(tmp_path, monkeypatch):
     error = RuntimeError("File not found or corrupted.")
     monkeypatch.setattr("torchvision.datasets.CIFAR10.download", Mock(side_effect=error))
-    with pytest.raises(UserError, match="damaged"):
+    with pytest.raises(UserError, match=f"damaged .*, delete {tmp_path}/cifar-10-batches-py$"):
         data.load("auto", tmp_path, CPU)
 
 

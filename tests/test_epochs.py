@@ -1,5 +1,7 @@
 """The batches of an epoch, augmented one by one or several at once."""
 
+import io
+import sys
 from dataclasses import replace
 from unittest.mock import Mock
 
@@ -110,7 +112,28 @@ def test_an_epochs_figures_are_those_of_its_steps(processes, dataset, monkeypatc
     assert training.net.training
     assert (line["train_loss"], line["train_accuracy"], line["skipped_steps"]) == (4, 0.5, 1)
     assert line["images_per_second"] == pytest.approx(56 / line["seconds"])
-    training.history, losses = [{}], iter([1.0, 2.0, torch.nan, *[3.0] * 4])
-    training.scheduler = Mock(get_last_lr=Mock(side_effect=[[k] for k in range(7)]))
-    with pytest.raises(UserError, match="nan at step 10, learning rate 2:"):
-        epochs.train_epoch(training, lambda *_: torch.full((3,), next(losses)), dataset, args, bar)
+    training.history, losses, before = [{}], iter([1.0, 2.0, torch.inf, *[3.0] * 4]), []
+    rates = Mock(side_effect=[[k, k / 10] for k in range(7)])  # SGD's, which --lr is, and Muon's
+    training.scheduler = Mock(get_last_lr=rates)
+
+    def take_step(*_):
+        before.append(training.scheduler.step.call_count)
+        return torch.full((3,), next(losses))
+
+    with pytest.raises(UserError, match="inf at step 10, learning rate 2:"):
+        epochs.train_epoch(training, take_step, dataset, args, bar)
+    assert before == list(range(7))
+
+
+@pytest.mark.parametrize(("rank", "shown"), [(0, True), (1, False)])
+def test_the_bar_of_a_resumed_run_on_a_terminal(rank, shown, dataset, monkeypatch):
+    args = flags.parse_flags(["--batch-size", "8", "--epochs", "5"])
+    training = make_training(nn.Conv2d(3, 4, 3), args, torch.device("cpu"), 7)
+    training.history = [{}, {}]
+    monkeypatch.setattr(epochs, "run_epoch", lambda training, *_: training.history.append({}))
+    monkeypatch.setattr(epochs, "keep", Mock())
+    monkeypatch.setattr(epochs.ranks, "rank", lambda: rank)
+    monkeypatch.setattr(sys, "stderr", terminal := io.StringIO())
+    terminal.isatty = lambda: True
+    epochs.run_epochs(training, dataset, args, None)
+    assert ("| 14/35 [" in terminal.getvalue()) is shown

@@ -28,6 +28,7 @@ def test_a_recipe_without_its_colours(off):
     assert not (policy.rgb_shift_p and any(policy.rgb_shift))
     assert policy.brightness_contrast_p
     assert policy.contrast == 0.5
+    assert flags.parse_flags(["--recipe", "net134k", "--rgb-shift-p", "1"]).rgb_shift_p == 1
 
 
 @pytest.mark.parametrize("recipe", [None, "net134k", "net136k", "net176k", "net190k"])

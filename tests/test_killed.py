@@ -13,7 +13,7 @@ import checkpoint
 
 RUN = ["--device", "cpu", "--batch-size", "20", "--epochs", "4", "--lr", "0.1", "--dropout", "0.2"]
 RUN += ["--net", "net136k", "--rgb-shift", "9", "9", "9", "--rgb-shift-p", "0.5"]
-RUN += ["--eager"]  # changes nothing on a CPU, but is a switch to resume with
+RUN += ["--eager", "--data-dir=-d"]  # change nothing here, but are hard to resume with
 SLOW = pytest.mark.slow
 
 

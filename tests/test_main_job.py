@@ -7,7 +7,7 @@ import signal
 import sys
 import time
 import weakref
-from itertools import chain, repeat
+from itertools import chain, count, repeat
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -85,6 +85,8 @@ def test_when_the_target_is_reached(
     accuracies, make_step = chain([0.2, *[0.4] * 5, 0.8], repeat(0.4)), step.make_step
     monkeypatch.setattr(step, "make_step", lambda *of: time.sleep(0.3) or make_step(*of))
     monkeypatch.setattr(report, "accuracy", lambda *_: next(accuracies))
+    predict = step.predict_logits
+    monkeypatch.setattr(step, "predict_logits", lambda *of: time.sleep(0.01) or predict(*of))
     out = ["--epochs", "8", "--net", "net136k", "--out", str(tmp_path), "--target", target]
     assert train.main([*SMALL, *out]) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -92,7 +94,8 @@ def test_when_the_target_is_reached(
     assert (reached and reached["epoch"]) == epoch
     if reached:
         assert reached["seconds"] + 0.3 <= summary["training_seconds"]  # counted from a first step
-        assert reached["seconds"] > sum(line["seconds"] for line in lines(tmp_path)[:epoch])
+        trained = sum(line["seconds"] for line in lines(tmp_path)[:epoch])
+        assert reached["seconds"] > trained + 0.01 * epoch  # with their evaluations
     assert (summary["best_epoch"], summary["best_accuracy"]) == (7, 0.8)
     printed = capsys.readouterr().out
     assert "best, in epoch 7      80.00%" in printed
@@ -111,6 +114,9 @@ def test_the_card(finished, tmp_path):
         assert f"| {summary[fact]:,} |" in card
     assert summary["command"] in card
     assert "| epochs, seed | 2, 0 |" in card
+    assert "| recipe | train.py's own |" in card
+    assert f"| device | {summary['device']}, {summary['precision']}, " in card
+    assert f"torch {summary['versions']['torch']}, " in card
     assert "| trained on | 60 images (CRC " in card
     assert "| accuracy on 50 held-out training images, last epoch |" in card
     assert f"| {summary['receptive_field']} pixels |" in card
@@ -119,10 +125,12 @@ def test_the_card(finished, tmp_path):
     for index, name in enumerate(dataset.classes):
         share = (logits == index)[dataset.test_labels.numpy() == index].mean()
         assert f"| {name} | {share:.1%} |" in card
-    report.write_card(tmp_path, summary | {"total_seconds": 99, "best_epoch": 7}, {"seed": 0})
+    other = {"total_seconds": 99, "best_epoch": 7, "best_accuracy": 0.9, "final_accuracy": 0.8}
+    report.write_card(tmp_path, summary | other, {"seed": 0})
     card = (tmp_path / "card.md").read_text()
     assert ", 99 s |\n" in card
-    assert "| … best epoch (7) |" in card
+    assert "last epoch | 80.00% |" in card
+    assert "| … best epoch (7) | 90.00% |" in card
     assert card.endswith("All flags that have a value: `seed 0`.\n")
 
 
@@ -148,11 +156,16 @@ def test_the_accuracy_averaged_over_mirror_images(tmp_path, monkeypatch, no_pict
 
     monkeypatch.setattr(step, "predict_logits", logits)
     monkeypatch.setattr(plots, "examples", lambda *of: drawn.append(of[2]))
-    drawn, run = [], [*SMALL, "--net", "net136k", "--cutout-p", "1", "--out", str(tmp_path)]
-    assert train.main(run) == 0
+    monkeypatch.setattr(plots, "draw_run", lambda *of: shown.extend(of))
+    monkeypatch.setattr(train, "time", Mock(perf_counter=count().__next__))
+    drawn, shown, run = [], [], [*SMALL, "--net", "net136k", "--cutout-p", "1", "--out"]
+    assert train.main([*run, str(tmp_path)]) == 0
+    assert (shown[3] == np.load(tmp_path / "predictions.npy")).all()
+    assert shown[4] == lines(tmp_path)
     assert ((drawn[0] == 0).all(1).sum((1, 2)) >= 16 * 16).all()  # augmented
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert (summary["final_accuracy"], summary["flip_accuracy"]) == (0, 0.5)
+    assert summary["total_seconds"] == 2  # from before the images are read, the clock's first tick
     assert "flip averaging   50.00%" in capsys.readouterr().out
     assert "mirror image | 50.00% |" in (tmp_path / "card.md").read_text()
     assert lines(tmp_path)[-1]["test_loss"] == pytest.approx(1 + math.log(9 + math.exp(-1)))
@@ -161,11 +174,12 @@ def test_the_accuracy_averaged_over_mirror_images(tmp_path, monkeypatch, no_pict
 def test_what_is_printed_when_piped(finished):
     folder, printed = finished
     rows = printed.splitlines()
-    assert "\r" not in printed
     assert "\x1b" not in printed
+    assert "step/s" not in printed + (folder.parent / "stderr").read_text()  # no progress bar
     assert max(len(row) for row in rows if str(folder) not in row) <= 100
+    summary = checkpoint.load_summary(folder)
     for line in (
-        "device     CPU: ",
+        f"device     {summary['device']}, {summary['precision']}\n",
         "data       synthetic: 60 training images, 50 held-out training images\n",
         "net        atrous: 186,858 parameters, receptive field 90, 52.1 M multiply-adds\n",
     ):
@@ -177,7 +191,6 @@ def test_what_is_printed_when_piped(finished):
     for line, row in zip(lines(folder), table[1:], strict=True):
         assert row.split() == form.format(**line).split()
     assert f"final test accuracy   {line['test_accuracy']:.2%} on synthetic, 50 held" in printed
-    summary = checkpoint.load_summary(folder)
     assert f"\ntotal                 {summary['total_seconds']:.1f} s\n" in printed
     reached = f"in epoch 1, {summary['target_reached']['seconds']:.1f} s from the first step"
     assert f"\ntarget 1.00%          {reached}\n" in printed
@@ -232,17 +245,17 @@ def test_a_class_whose_name_would_break_a_table(tmp_path, no_pictures):
 def test_without_a_network_it_says_so_twice(tmp_path, monkeypatch, capsys, no_pictures):
     offline = Mock(side_effect=TimeoutError("timed out"))
     monkeypatch.setattr("torchvision.datasets.CIFAR10.download", offline)
-    arguments = [*SMALL[2:], "--data-dir", str(tmp_path / "data"), "--epochs", "1"]
+    arguments = [*SMALL[2:], "--data-dir", str(tmp_path / "data"), "--epochs", "1", "--seed", "3"]
     monkeypatch.chdir(tmp_path)
     assert train.main(arguments) == 0
     printed = capsys.readouterr()
     assert "warning" in printed.err
     assert "synthetic" in printed.out.splitlines()[-1]
     for name in ("config.json", "summary.json"):
-        facts = json.loads((tmp_path / "runs/atrous-synthetic-s0" / name).read_text())
+        facts = json.loads((tmp_path / "runs/atrous-synthetic-s3" / name).read_text())
         assert facts["data"] == "synthetic"
     assert train.main(arguments) == 2  # a run in the default folder is as safe as any other
-    assert "runs/atrous-synthetic-s0: a run already exists" in capsys.readouterr().err
+    assert "runs/atrous-synthetic-s3: a run already exists" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

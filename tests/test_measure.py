@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -6,17 +7,21 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from test_main_job import SMALL
 from torch import nn
 
 import measure
+import step
+from common import UserError
 from graph import trace
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
 
 
-def test_ways_take_turns_and_warm_up_uncounted():
+def test_ways_take_turns_and_warm_up_uncounted(monkeypatch):
     seen = []
+    monkeypatch.setattr(measure, "_synchronize", lambda _: seen.append("|"))
 
     def way(name):
         def batches():
@@ -28,7 +33,7 @@ def test_ways_take_turns_and_warm_up_uncounted():
 
     ways = {name: way(name) for name in "ab"}
     reached = measure.rates(ways, CPU, warm_up=2, count=3, rounds=2)
-    assert "".join(seen) == "aaaaabbbbbaaaaabbbbb"
+    assert "".join(seen) == 2 * "aa|aaa|bb|bbb|"  # at both ends of what is timed
     assert list(reached) == ["a", "b"]
 
 
@@ -60,7 +65,8 @@ def test_kernels_are_counted_and_timed_per_job(monkeypatch):
     six = Mock(events=lambda: [event] * 6)
     monkeypatch.setattr(measure, "profile", lambda **_: nullcontext(six))
     expected = [{"name": "mm", "count": 2, "seconds": 16}]
-    assert measure.kernels(Mock(), CPU, rounds=3) == expected
+    assert measure.kernels(job := Mock(), CPU, rounds=3) == expected
+    assert job.call_count == 4  # the first, which allocates, is not counted
 
 
 def test_the_floor_by_hand():
@@ -78,8 +84,34 @@ def test_the_floor_by_hand():
 
 def test_ceilings_count_what_is_read_and_written_and_multiply_adds(monkeypatch):
     monkeypatch.setattr(measure, "rates", lambda ways, *_, **__: dict.fromkeys(ways, 10.0))
-    ceilings = measure.measure_ceilings(CPU, torch.float32)
+    monkeypatch.setattr(torch, "randn", made := Mock(wraps=torch.randn))
+    ceilings = measure.measure_ceilings(CPU, torch.bfloat16)
+    assert made.call_args.kwargs["dtype"] == torch.bfloat16
     assert ceilings == measure.Ceilings(10 * 2 * 4 * 2**26, 10 * 2048**3)
+
+
+def test_a_run_notes_when_its_first_step_ended(tmp_path, monkeypatch, capsys, no_pictures):
+    monkeypatch.setattr(step, "train_step", taken := Mock(wraps=step.train_step))
+    monkeypatch.setattr(step, "make_step", step.make_step)  # puts it back behind the run
+    monkeypatch.setattr(measure, "time", Mock(time=lambda: taken.call_count))
+    monkeypatch.setattr(measure, "peak_memory", lambda _: 5)
+    run = [*SMALL, "--net", "net136k", "--epochs", "1", "--out", str(tmp_path / "run")]
+    assert measure.noted_run(run) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert json.loads(last) == {"first_step_at": 1, "peak_memory_bytes": 5}
+    assert measure.noted_run(["--epochs", "0"]) == 2
+
+
+def test_a_whole_run_has_caches_of_its_own(monkeypatch):
+    child = Mock(returncode=0, stdout='said\n{"first_step_at": 7, "peak_memory_bytes": 5}\n')
+    monkeypatch.setattr(measure.subprocess, "run", begun := Mock(return_value=child))
+    monkeypatch.setattr(measure.time, "time", Mock(side_effect=[4, 9, 0, 0]))
+    expected = {"first_step_seconds": 3, "total_seconds": 5, "peak_memory_bytes": 5}
+    assert measure.whole_run(["--epochs", "1"], "caches") == expected
+    assert begun.call_args.kwargs["env"]["XDG_CACHE_HOME"] == "caches"
+    child.returncode, child.stderr = 2, "data read in 1.0 s\nerror: no disk\n"
+    with pytest.raises(UserError, match="ended with status 2: no disk"):
+        measure.whole_run([], "caches")
 
 
 def test_peak_memory():

@@ -117,7 +117,8 @@ def test_exif_rotation_is_honoured():
 
 
 def test_folders_and_standard_input(run, tmp_path, capsys, monkeypatch):
-    (tmp_path / "in").mkdir()
+    tmp_path /= ".hidden"  # but asked for
+    (tmp_path / "in").mkdir(parents=True)
     save(tmp_path / "in/x.png", (250, 9, 9))
     save(tmp_path / "y.JPG", (9, 250, 9), format="JPEG")
     (tmp_path / "notes.txt").write_text("no image, and not taken for one")

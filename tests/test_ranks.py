@@ -19,6 +19,7 @@ from test_main_job import SMALL, lines
 
 import checkpoint
 import data
+import flags
 import ranks
 import report
 import step
@@ -95,7 +96,7 @@ def test_two_processes_learn_what_one_does(tmp_path):
             assert two[figure] == pytest.approx(one[figure], rel=1e-3)
 
 
-def test_the_accuracy_is_that_of_one_process(pair, run):
+def test_the_accuracy_is_that_of_one_process(pair, run, capsys):
     net, _ = checkpoint.load_net(pair[0] / "run/model.pt")
     dataset = data.load(run[-1], None, CPU)
     net.to(memory_format=torch.channels_last)
@@ -108,6 +109,18 @@ def test_the_accuracy_is_that_of_one_process(pair, run):
     assert (summary["final_accuracy"], summary["processes"]) == (expected, 2)
     assert summary["command"].startswith("torchrun --nproc-per-node=2 train.py --device cpu")
     assert ", 2 processes, " in (pair[0] / "run/card.md").read_text()
+    report.announce(summary, dataset, pair[0])
+    assert capsys.readouterr().out.startswith(
+        f"device     {summary['device']}, fp32, 2 processes\n"
+    )
+
+
+def test_a_batch_that_cannot_be_shared_says_what_can_be_changed(monkeypatch):
+    monkeypatch.setattr(ranks, "count", lambda: 3)
+    for argv, way in ([], "use a multiple"), (["--resume", "run"], "resume with another number"):
+        args = flags.make_parser().parse_args(argv)
+        with pytest.raises(UserError, match=f"--batch-size 256: .* by 3 processes; {way}"):
+            train.refuse_batch_size(args, None)
 
 
 @pytest.mark.parametrize(
