@@ -203,13 +203,6 @@ class _StrictTarInfo(tarfile.TarInfo):
     """
 
     @classmethod
-    def frombuf(cls, buffer: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
-        info = super().frombuf(buffer, encoding, errors)
-        if info.type not in tarfile.REGULAR_TYPES and info.size > MAX_HEADER_BYTES:
-            raise tarfile.ReadError(f"{info.name} claims {info.size:,} bytes")
-        return info
-
-    @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
         try:
             return super().fromtarfile(archive)
@@ -217,6 +210,11 @@ class _StrictTarInfo(tarfile.TarInfo):
             raise
         except tarfile.HeaderError as error:
             raise tarfile.ReadError(f"damaged or cut off: {error}") from error
+
+    def _proc_member(self, archive: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type not in tarfile.REGULAR_TYPES and self.size > MAX_HEADER_BYTES:
+            raise tarfile.ReadError(f"{self.name} claims {self.size:,} bytes")
+        return super()._proc_member(archive)
 
     def _refuse(self, *_: object) -> NoReturn:
         raise tarfile.ReadError("sparse files are not supported")
