@@ -59,7 +59,7 @@ def joined(device: torch.device) -> Iterator[None]:
 def refuse_lost(error: RuntimeError | MemoryError, way_on: str) -> None:
     """Raise UserError if another process, or the connection to it, is gone: with the library's
     words, for NCCL's may tell of a wrong set-up instead."""
-    if count() > 1 and (isinstance(error, dist.DistError) or "gloo/transport" in str(error)):
+    if isinstance(error, dist.DistError) or "gloo/transport" in str(error):
         said = str(error).partition("Exception raised from")[0].strip()  # then a C++ stack
         raise UserError(
             f"another process has ended or cannot be reached ({said}); {way_on}"
