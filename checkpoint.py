@@ -64,7 +64,7 @@ def load_net(path: Path) -> tuple[nn.Module, dict[str, Any]]:
             raise ValueError("std must be above 0")
         if not names or not all(isinstance(name, str) and name.isprintable() for name in names):
             raise TypeError("classes must be printable names")
-        net = build(content["net"], len(names))
+        net = build(content["net"], len(names), content.get("dropout", 0.0))
         net.load_state_dict(content["state_dict"])
     except (UserError, KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise UserError(

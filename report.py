@@ -55,6 +55,7 @@ def write_outcome(
         np.save(file, logits.cpu().numpy())
     content = {
         "net": args.net,
+        "dropout": args.dropout,
         "classes": dataset.classes,
         "mean": dataset.mean.tolist(),
         "std": dataset.std.tolist(),

@@ -50,10 +50,11 @@ def test_blocks_start_as_the_identity():
 
 def test_a_net_of_ones_own(tmp_path, monkeypatch, capsys, no_pictures):
     def own(num_classes, dropout):
-        layers = nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), MirrorPool()
+        layers = [nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), MirrorPool()]
+        layers += [nn.Dropout(dropout)] if dropout else []  # renumbers what follows
         return nn.Sequential(*layers, nn.Linear(4, num_classes))
 
-    run = [*SMALL, "--net", "mine", "--out", str(tmp_path / "run")]
+    run = [*SMALL, "--net", "mine", "--dropout", "0.5", "--out", str(tmp_path / "run")]
     monkeypatch.setitem(model.NETS, "mine", lambda *_: own(3, 0))
     assert train.main(run) == 2
     assert "--net mine: must return logits (N, 10)" in capsys.readouterr().err
