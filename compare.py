@@ -74,9 +74,14 @@ def refuse_other_images(summaries: dict[str, list[dict[str, Any]]]) -> None:
 
 
 def flags_of(runs: list[Path]) -> dict[str, Any]:
-    """The flags that the runs of a folder share. Raises UserError if one has others."""
+    """The flags that the runs of a folder share. Raises UserError if one has others, or a seed that
+    another has: it is the same run again."""
     beside = flags.OF_A_PLACE | {"seed", "repeat"}
     configs = [checkpoint.load_config(run)["flags"] for run in runs]
+    seeds: dict[str, Path] = {}
+    for run, config in zip(runs, configs, strict=True):
+        if (other := seeds.setdefault(str(config.get("seed")), run)) != run:
+            raise UserError(f"{run} has the seed of {other}; train it anew, with another --seed")
     own, *others = [{k: v for k, v in config.items() if k not in beside} for config in configs]
     for run, other in zip(runs[1:], others, strict=True):
         if other != own:
@@ -89,8 +94,8 @@ def differing_flags(used: dict[str, dict[str, Any]]) -> list[str]:
     (first, known), *others = used.items()
     lines = []
     for name, own in others:
-        changed = [key for key in own if own[key] != known.get(key)]
-        said = ", ".join(f"{flags.option(key)} {own[key]} ({known.get(key)})" for key in changed)
+        changed = [key for key in known | own if own.get(key) != known.get(key)]
+        said = ", ".join(f"{flags.option(k)} {own.get(k)} ({known.get(k)})" for k in changed)
         lines.append(f"{name}: {said or 'the same flags'}")
     return [f"Other flags, in brackets those of {first}:", *lines] if lines else []
 

@@ -79,6 +79,8 @@ def test_a_difference_beyond_chance(folders, capsys):
     assert "-21.00 ± 4.24, beyond chance" in said
     assert said.endswith("\nworse: --new-flag 1 (None)\ndrawn: c.pdf\n")
     assert Path("c.pdf").read_bytes().startswith(b"%PDF")
+    assert compare.main(["worse", "alone"]) == 0
+    assert "\nalone: --new-flag None (1)\n" in capsys.readouterr().out
 
 
 def test_what_tells_nothing_about_chance(folders, capsys):
@@ -113,6 +115,9 @@ def test_mistakes_are_one_line(folders, capsys):
     write_run(Path("still/s11"), 0.9, {"sam": 0.0})
     assert "still/s11 has other flags than still/s0; move it elsewhere" in error("still", "alone")
     shutil.rmtree("still/s11")
+    write_run(Path("still/s12"), 0.9, {"seed": "still/s9"})
+    assert "still/s12 has the seed of still/s9; train it anew" in error("still", "alone")
+    shutil.rmtree("still/s12")
     Path("moved/config.json").touch()
     assert "moved has not finished: train.py --resume moved continues it" in error("still", "moved")
     Path("moved/config.json").unlink()
