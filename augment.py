@@ -3,13 +3,13 @@
 The semantics are those of albumentations 2.0.8 with OpenCV 5, checked in tests/test_augment.py and
 tests/test_sample.py. Images are (N, C, W, W), in any unit; W = 32 in this project.
 
-To add a change of your own: its parameters in `Policy`, with flags in flags.py and in README's
-table of them; what is drawn in `Params` and `sample`, the change itself in `apply`. One that
-computes new levels belongs to `Colours`, `sample_colours`, `jitter_colours` and
-`Policy.changes_colours` instead. Then the same in `reference.compose`, if its probability is not 0,
-for --augment albumentations, and in tests/test_augment.py and tests/test_sample.py. Finish
-interrupted runs first, as they keep their set of flags, and train what you compare with anew: one
-more draw changes those after it.
+To add a change of your own: its parameters in `Policy`, with flags in flags.py (in `COLOURS` there
+too if both a probability and its limits are 0 by default) and in README's table of them; what is
+drawn in `Params` and `sample`, the change itself in `apply`. One that computes new levels belongs
+to `Colours`, `sample_colours`, `jitter_colours` and `Policy.changes_colours` instead. Then the same
+in `reference.compose`, if its probability is not 0, for --augment albumentations, and in
+tests/test_augment.py, test_sample.py and test_step.py. Finish interrupted runs first, as they keep
+their set of flags, and train what you compare with anew: one more draw changes those after it.
 """
 
 from collections.abc import Callable
@@ -120,12 +120,14 @@ def apply(
     `fill`, a number or (C, 1, 1) in the images' unit, is the hole's colour and, if `border` is
     "constant", what lies outside the image. Computed in float32 even under autocast: an image that
     draws nothing, or only a flip or a hole, keeps its values exactly. Raises ValueError for a
-    `border` that is not one of BORDERS, and images of another shape.
+    `border` that is not one of BORDERS, images of another shape, or parameters of another number.
     """
     if border not in BORDERS:
         raise ValueError(f"border {border!r} is not one of {BORDERS}")
     if images.ndim != 4 or images.shape[2] != images.shape[3]:
         raise ValueError(f"images {tuple(images.shape)} are not (N, C, W, W)")
+    if len(images) != len(params.flip):
+        raise ValueError(f"{len(images)} images, but parameters of {len(params.flip)}")
     size = images.shape[-1]
 
     def warp(images: Tensor, theta: Tensor) -> Tensor:

@@ -193,6 +193,11 @@ def test_images_of_another_shape_are_an_error(params, shape):
         ours(torch.zeros(shape), some(params, slice(2)))
 
 
+def test_parameters_of_another_number_are_an_error(images, params):
+    with pytest.raises(ValueError, match="1000 images, but parameters of 2"):
+        ours(images, some(params, slice(2)))
+
+
 def test_unknown_border_is_an_error(images, params):
     with pytest.raises(ValueError, match="wrap"):
         apply(images, params, 0.0, border="wrap")
