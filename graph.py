@@ -84,8 +84,8 @@ def trace(module: nn.Module, input_shape: tuple[int, int, int] = (3, 32, 32)) ->
     """Layers and receptive field of `module` for images of `input_shape`.
 
     Where branches meet, the union of their fields counts. What depends on a global pooling inside
-    the net, as the gates of squeeze-and-excitation and the statistics of GroupNorm do, sees the
-    whole image and is left out. Raises a UserError that names the node if the graph holds an
+    the net, as the gates of squeeze-and-excitation do, sees the whole image; so do the statistics
+    of GroupNorm, which are left out. Raises a UserError that names the node if the graph holds an
     operator that this cannot account for.
     """
     graph = _graph_of(module, input_shape)
