@@ -19,6 +19,7 @@ import train
 BAD_FLAGS = [
     (["--data", "missing.tar"], "missing.tar"),
     (["--epochs", "0"], "--epochs"),
+    (["--epochs", "1.5"], "--epochs: invalid int value: '1.5'"),
     (["--batch-size", "0"], "--batch-size"),
     (["--batch-size", "61"], "--batch-size 61"),
     (["--batch-size", "61", "--repeat", "2"], "--batch-size 61"),

@@ -1,4 +1,5 @@
 import json
+import os
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -36,6 +37,8 @@ def test_a_net_comes_back_as_it_was(tmp_path):
     assert torch.equal(loaded(images), net(images))
     assert not loaded.training
     assert content["classes"] == list("abcd")
+    with pytest.raises(UserError, match=r"other\.pt does not exist$"):  # but model.pt does
+        checkpoint.load_net(tmp_path / "other.pt")
 
 
 def test_a_failed_write_leaves_the_file_that_was_there(tmp_path):
@@ -51,6 +54,16 @@ def test_a_failed_write_leaves_the_file_that_was_there(tmp_path):
         half_written(path)
     assert checkpoint.load(path)["epoch"] == 1
     assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(OSError, match=r"^encoder error -2$"), written_whole(path):
+        raise OSError("encoder error -2")  # as Pillow says it, without a number
+
+
+def test_a_file_takes_its_name_only_once_it_is_on_the_disk(tmp_path, monkeypatch):
+    path, seen = tmp_path / "last.pt", []
+    monkeypatch.setattr(os, "fsync", lambda file: seen.append((os.stat(file), path.exists())))
+    with written_whole(path) as file:
+        file.write(b"whole")
+    assert [(stat.st_size, there) for stat, there in seen] == [(5, False)]
 
 
 def test_the_previous_file_stays_until_the_new_one_takes_its_name(tmp_path, monkeypatch):
@@ -119,6 +132,7 @@ def test_a_run_that_has_not_ended_is_to_go_on(tmp_path):
 WITHOUT_ITS_LAST = dict([*build("atrous", 4).state_dict().items()][:-1])
 BAD = {
     "not ours": lambda path: torch.save({"weights": torch.zeros(3)}, path),
+    "a format of another's": lambda path: torch.save({"format": "pt"}, path),
     "no dict": lambda path: torch.save(torch.zeros(3), path),
     "another net": lambda path: model_file(path, net="resnet"),
     "other classes": lambda path: model_file(path, state_dict=build("atrous", 5).state_dict()),

@@ -86,6 +86,11 @@ def test_sigterm_is_no_error_that_one_could_pass_over(capsys):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_ctrl_c_where_nothing_can_go_on(capsys):
+    assert common.exit_status(Mock(side_effect=KeyboardInterrupt)) == 130
+    assert capsys.readouterr().err == "interrupted\n"
+
+
 def test_sigterm_is_noted_however_often_it_comes():
     with common.noting_sigterm() as asked:
         for _ in range(2):
@@ -111,6 +116,11 @@ def test_out_of_memory_by_any_name():
         *("CUBLAS_STATUS_ALLOC_FAILED when", "CUBLAS_STATUS_NOT_INITIALIZED when"),
     ):
         assert common.is_out_of_memory(RuntimeError(said))
+
+
+def test_what_a_library_says_first():
+    said = "\nError(s) in loading state_dict for Linear:\n\tMissing key(s)"
+    assert common.first_line(RuntimeError(said)) == "Error(s) in loading state_dict for Linear"
 
 
 def test_the_way_on_can_be_pasted():

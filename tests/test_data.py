@@ -14,7 +14,7 @@ from PIL import Image
 
 import data
 from common import UserError
-from synthetic import shapes
+from synthetic import SHAPES, shapes
 
 CPU = torch.device("cpu")
 CLASSES = ("cat", "dog")
@@ -123,6 +123,14 @@ def test_synthetic_classes_can_be_told_apart():
     assert (found == labels).view(50, 10).float().mean(0).min() > 0.8
 
 
+def test_rows_lie_and_columns_stand():
+    images, labels = shapes(500, seed=4)
+    centre = images[..., 12:20, 12:20].float()
+    down, across = centre.mean(3).std(2).mean(1), centre.mean(2).std(2).mean(1)
+    for name, right in ("rows", down > across), ("columns", across > down):
+        assert right[labels == SHAPES.index(name)].float().mean() > 0.9
+
+
 def test_subsets_are_balanced_disjoint_and_fixed():
     whole = data.load("synthetic", None, CPU)
     dataset = data.load("synthetic", None, CPU, train_images=1003, holdout=500)
@@ -152,7 +160,7 @@ def test_subsets_are_balanced_disjoint_and_fixed():
 
 def test_no_class_is_left_without_a_training_image(tmp_path):
     path = write_tar(tmp_path / "pets.tar", files(train=4))
-    with pytest.raises(UserError, match=r"leave no training image of (cat|dog)"):
+    with pytest.raises(UserError, match=r"leave no training image of cat$"):
         load(path, holdout=7)
     dataset = load(path, holdout=4)
     assert len(dataset.train_images) == 4
@@ -243,7 +251,7 @@ def test_a_local_copy_is_read(tmp_path, monkeypatch):
     (packed / folder.name / "test_batch").write_bytes(b"half of it")
     assert torch.equal(data.load("auto", packed, CPU).test_images, unpacked.test_images)
     dataset = data.load("auto", tmp_path, CPU)
-    assert torch.equal(unpacked.train_images, dataset.train_images)
+    assert unpacked.checksum == dataset.checksum
     assert (dataset.name, dataset.classes) == ("cifar10", list("abcdefghij"))
     assert dataset.train_images.shape == (100, 3, 32, 32)
     assert dataset.train_images[3].flatten().tolist() == rows[3].tolist()

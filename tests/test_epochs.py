@@ -3,19 +3,24 @@
 import io
 import sys
 from dataclasses import replace
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 import torch
+from test_main_job import SMALL
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
+import checkpoint
 import data
 import epochs
 import flags
 import mirror
 import model
+import report
 import step
+import train
 from common import UserError
 from optimise import make_training
 
@@ -131,9 +136,25 @@ def test_the_bar_of_a_resumed_run_on_a_terminal(rank, shown, dataset, monkeypatc
     training = make_training(nn.Conv2d(3, 4, 3), args, torch.device("cpu"), 7)
     training.history = [{}, {}]
     monkeypatch.setattr(epochs, "run_epoch", lambda training, *_: training.history.append({}))
-    monkeypatch.setattr(epochs, "keep", Mock())
+    for module, name in (checkpoint, "save"), (report, "write_history"):
+        monkeypatch.setattr(module, name, Mock())
+    monkeypatch.setattr(report, "format_line", lambda _: "a line")
     monkeypatch.setattr(epochs.ranks, "rank", lambda: rank)
     monkeypatch.setattr(sys, "stderr", terminal := io.StringIO())
+    monkeypatch.setattr(sys, "stdout", terminal)
     terminal.isatty = lambda: True
-    epochs.run_epochs(training, dataset, args, None)
+    epochs.run_epochs(training, dataset, args, Path())
     assert ("| 14/35 [" in terminal.getvalue()) is shown
+    assert ("\ra line\n" in terminal.getvalue()) is shown  # not behind the bar
+
+
+def test_every_line_is_written_at_once(tmp_path, monkeypatch, no_pictures):
+    """Though Python collects what is printed into a file or pipe."""
+    run_epoch, seen = epochs.run_epoch, []
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(file := io.BytesIO(), encoding="utf-8"))
+    monkeypatch.setattr(
+        epochs, "run_epoch", lambda *of: seen.append(file.getvalue().decode()) or run_epoch(*of)
+    )
+    assert train.main([*SMALL, "--net", "net136k", "--out", str(tmp_path)]) == 0
+    line = report.format_line(checkpoint.load_history(tmp_path)[0])
+    assert [text.splitlines()[-1] for text in seen] == [report.HEADER, line]

@@ -82,7 +82,7 @@ def test_summary_agrees_with_the_predictions(finished):
 def test_when_the_target_is_reached(
     target, epoch, said, tmp_path, monkeypatch, no_pictures, capsys
 ):
-    accuracies, make_step = chain([0.2, *[0.4] * 5, 0.8], repeat(0.4)), step.make_step
+    accuracies, make_step = chain([0.2, *[0.4] * 5, 0.8, 0.8], repeat(0.4)), step.make_step
     monkeypatch.setattr(step, "make_step", lambda *of: time.sleep(0.3) or make_step(*of))
     monkeypatch.setattr(report, "accuracy", lambda *_: next(accuracies))
     predict = step.predict_logits
@@ -90,12 +90,12 @@ def test_when_the_target_is_reached(
     out = ["--epochs", "8", "--net", "net136k", "--out", str(tmp_path), "--target", target]
     assert train.main([*SMALL, *out]) == 0
     summary = json.loads((tmp_path / "summary.json").read_text())
-    reached = summary["target_reached"]
+    reached, seconds = summary["target_reached"], [line["seconds"] for line in lines(tmp_path)]
+    assert summary["training_seconds"] > sum(seconds) + 2 * 0.3  # with both steps' preparation
     assert (reached and reached["epoch"]) == epoch
     if reached:
         assert reached["seconds"] + 0.3 <= summary["training_seconds"]  # counted from a first step
-        trained = sum(line["seconds"] for line in lines(tmp_path)[:epoch])
-        assert reached["seconds"] > trained + 0.01 * epoch  # with their evaluations
+        assert reached["seconds"] > sum(seconds[:epoch]) + 0.01 * epoch  # with their evaluations
     assert (summary["best_epoch"], summary["best_accuracy"]) == (7, 0.8)
     printed = capsys.readouterr().out
     assert "best, in epoch 7      80.00%" in printed
@@ -280,8 +280,9 @@ def test_the_last_quarter_is_sharpness_aware(flag, radii, tmp_path, no_pictures,
 def test_few_steps_are_warned_of(finished, capsys, tmp_path, no_pictures):
     assert "\nwarning    steps in an epoch: 3; a smaller --batch-size takes more\n" in finished[1]
     short = ["--net", "net136k", "--epochs", "1", "--out", str(tmp_path / "run")]
-    assert train.main([*SMALL, *short, "--batch-size", "6"]) == 0
+    assert train.main([*SMALL, *short, "--batch-size", "6", "--train-images", "65"]) == 0
     assert "warning" not in capsys.readouterr().out
+    assert lines(tmp_path / "run")[-1]["lr"] < 1e-5  # the schedule counts no last, short batch
 
 
 def test_what_a_run_does_not_need_is_not_imported(finished):

@@ -27,6 +27,7 @@ def test_the_default_net_is_what_it_promises():
     assert math.prod(max(c.stride) for c in convs) == 4
     assert not any("Max" in type(module).__name__ for module in net.modules())
     assert any(isinstance(module, MirrorPool) for module in net.modules())
+    assert build("atrous", 10, dropout=0.9)(torch.randn(8, 3, 32, 32)).all()  # drops no logit
 
 
 def test_every_weight_gets_a_gradient_after_one_step():

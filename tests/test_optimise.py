@@ -47,12 +47,12 @@ def test_matrices_of_many_shapes_are_made_orthogonal_at_once():
 @pytest.mark.parametrize(("outputs", "inputs", "size"), [(24, 32, 1), (32, 24, 1), (16, 3, 3)])
 def test_muon_is_that_of_torch(outputs, inputs, size, momentum):
     """Within the precision of torch's, which iterates in bfloat16."""
-    flag = ["--schedule", "step", "--lr", "1", "--weight-decay", "0.01", "--momentum", momentum]
+    flag = ["--schedule", "step", "--lr", "0.8", "--weight-decay", "0.01", "--momentum", momentum]
     random = torch.Generator().manual_seed(0)
     net = nn.Sequential(*(nn.Conv2d(inputs, outputs, size, bias=False) for _ in range(2)))
     ours = make_training(net, flags.parse_flags(flag), CPU, 1000).optimizer
     matrices = [nn.Parameter(conv.weight.detach().flatten(1).clone()) for conv in net]
-    reference = torch.optim.Muon(matrices, lr=0.1, weight_decay=2.0, momentum=float(momentum))
+    reference = torch.optim.Muon(matrices, lr=0.08, weight_decay=2.0, momentum=float(momentum))
     before = matrices[1].detach().clone()
     for _ in range(10):
         for conv, matrix in zip(net, matrices, strict=True):
@@ -143,12 +143,15 @@ def test_muons_rate_stays_a_tenth(schedule):
 
 def test_a_state_from_a_gpu_goes_on_here():
     def learner():
-        return make_training(nn.Conv2d(3, 4, 3), flags.parse_flags([]), CPU, 10)
+        args = flags.parse_flags(["--precision", "fp16"])
+        return make_training(nn.Conv2d(3, 4, 3), args, CPU, 10)
 
-    state = learner().state()
+    state = learner().state() | {"prepared": 5.0}
+    state["scaler"]["scale"] = 8.0
     for group in state["optimizer"]["param_groups"]:
         group |= {"lr": torch.tensor(group["lr"]), "fused": True}
     other = learner()
     other.load_state(state)
     assert all(isinstance(group["lr"], float) for group in other.optimizer.param_groups)
     assert not any(group["fused"] for group in other.optimizer.param_groups)
+    assert (other.prepared, other.scaler.get_scale()) == (5, 8)

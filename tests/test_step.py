@@ -6,7 +6,6 @@ from unittest.mock import MagicMock
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -79,10 +78,11 @@ def test_a_radius_takes_the_gradient_uphill_along_that_of_a_quarter():
     optimizer, scaler = torch.optim.SGD(net.parameters(), 0.1), torch.amp.GradScaler(enabled=False)
     images = torch.randn(6, 3, 32, 32)
     labels = deepcopy(net)(images[:2]).argmax(1).repeat(3)
-    figures = step.train_step(net, optimizer, scaler, images, labels, "fp32", 0.0, radius=0.5)
+    figures = step.train_step(net, optimizer, scaler, images, labels, "fp32", 0.2, radius=0.5)
 
+    loss_of = nn.CrossEntropyLoss(label_smoothing=0.2)
     start = [p.detach().clone() for p in copy.parameters()]
-    loss = F.cross_entropy(copy(images[:2]), labels[:2])
+    loss = loss_of(copy(images[:2]), labels[:2])
     torch.testing.assert_close(figures[0], loss.detach())
     assert figures[1] == 6
     statistics = [buffer.clone() for buffer in copy.buffers()]
@@ -91,8 +91,8 @@ def test_a_radius_takes_the_gradient_uphill_along_that_of_a_quarter():
     with torch.no_grad():
         for weight, gradient in zip(copy.parameters(), gradients, strict=True):
             weight += 0.5 * gradient / length
-    assert F.cross_entropy(copy(images[:2]), labels[:2]) > loss
-    uphill = F.cross_entropy(copy(images), labels)
+    assert loss_of(copy(images[:2]), labels[:2]) > loss
+    uphill = loss_of(copy(images), labels)
     gradients = torch.autograd.grad(uphill, list(copy.parameters()))
     for weight, before, gradient in zip(net.parameters(), start, gradients, strict=True):
         torch.testing.assert_close(weight, before - 0.1 * gradient)
@@ -140,6 +140,16 @@ def test_logits_of_mirror_images():
     assert plain.shape == (1000, 2)
     assert step.forward(nn.Conv2d(3, 2, 1), torch.ones(1, 3, 4, 4), "bf16").dtype == torch.float32
     torch.testing.assert_close(mirrored, plain.flip(1))
+
+
+def test_fewer_test_images_than_processes(monkeypatch):
+    dataset = replace(data.load("synthetic", None, CPU), classes=["left", "right"])
+    dataset = replace(dataset, test_images=dataset.test_images[:1])
+    monkeypatch.setattr(step.ranks, "count", lambda: 2)
+    monkeypatch.setattr(step.ranks, "total", lambda logits: logits)
+    for rank in (0, 1):
+        monkeypatch.setattr(step.ranks, "rank", lambda rank=rank: rank)
+        assert step.predict_logits(Mirror(), dataset, "fp32").any() == (rank == 0)
 
 
 @pytest.mark.parametrize("radius", [0.0, 0.1])
