@@ -76,7 +76,7 @@ def refuse_other_images(summaries: dict[str, list[dict[str, Any]]]) -> None:
 def flags_of(runs: list[Path]) -> dict[str, Any]:
     """The flags that the runs of a folder share. Raises UserError if one has others, or a seed that
     another has: it is the same run again."""
-    beside = flags.OF_A_PLACE | {"seed", "repeat"}
+    beside = flags.OF_A_PLACE | {"seed"}
     configs = [checkpoint.load_config(run)["flags"] for run in runs]
     seeds: dict[str, Path] = {}
     for run, config in zip(runs, configs, strict=True):

@@ -32,7 +32,7 @@ POINTWISE_NAMES = {
     *("add", "sub", "mul", "div", "truediv"),
     *("contiguous", "clone", "detach", "float", "half", "bfloat16", "to", "type"),
 }
-VIEWS = {"getitem", "chunk", "split", "contiguous", "detach", "to", "type", "float"}
+VIEWS = {"getitem", "contiguous", "detach", "to", "type", "float"}
 UNTRUE = "its graph computes something else, for example where `x += …` changes a shared tensor"
 REDUCTIONS = {"mean", "sum", "amax", "amin"}
 ON_CHANNELS = {"cat": 1, "chunk": 2, "split": 2}  # the position of their argument `dim`

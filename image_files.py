@@ -156,12 +156,12 @@ def _in_8_bits(image: Image.Image) -> Image.Image:
     """An 8-bit copy of a grey image of more bits or floats, which Pillow would clip at 255. 16-bit
     images, and any that exceed 255, are taken to end at 65,535; floats up to 1 are fractions."""
     values = np.array(image)
-    levels = np.nan_to_num(values.astype(np.float32), posinf=0)
+    levels = np.nan_to_num(values.astype(np.float32), posinf=0).clip(0)
     if image.mode.startswith("I;16") or levels.max() > 255:
         levels /= 257
     elif image.mode == "F" and levels.max() <= 1:
         levels *= 255
-    grey = Image.fromarray(levels.clip(0, 255).round().astype(np.uint8))
+    grey = Image.fromarray(levels.clip(max=255).round().astype(np.uint8))
     if "transparency" in image.info:
         opaque = values != image.info["transparency"]
         grey.putalpha(Image.fromarray(np.uint8(255) * opaque))

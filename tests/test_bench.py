@@ -86,7 +86,9 @@ def test_an_epoch_and_its_phases(arguments, briefly, tmp_path, capsys, monkeypat
     layers, dtype = trace(build("net136k", 2)).layers, bench.DTYPES[match[1]]
     ceilings = bench.measure.Ceilings(**content["ceilings"])
     for row, batch, said in zip(content["batch_sizes"], (32, 64), rows, strict=True):
-        assert f" {row['epoch_seconds'] / row['floor_seconds']:5.1f} × " in said
+        columns = row["epoch_seconds"], *[50.0] * 5, row["floor_seconds"]
+        ratio = f"{columns[0] / columns[-1]:.1f}"
+        assert said.split()[:9] == [str(batch), *[f"{each:.3f}" for each in columns], ratio]
         assert row["batch_size"] == batch
         assert row["epoch_seconds"] == 50_000 / batch / 2
         phases = ["gather", "augment", "forward", "backward", "optimiser"]
@@ -127,6 +129,7 @@ def test_every_layer_beside_its_floor(arguments, briefly, tmp_path, capsys):
         if layer.multiply_adds:
             assert said.endswith(f"{64 * 0.001 / row['floor_seconds']:6.1f} ×")
         assert row["forward_seconds"] == row["backward_seconds"] == 32 * 0.001
+        assert said.split()[4:7] == ["32.000", "32.000", f"{1000 * row['floor_seconds']:.3f}"]
         assert (row["floor_seconds"] > 0) is (layer.multiply_adds > 0)
 
 
@@ -182,6 +185,24 @@ def test_a_missing_package_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert bench.main(["augment"]) == 2
     assert "kornia is missing: pip install -r requirements-extra.txt" in capsys.readouterr().err
+
+
+def test_the_second_start_is_warm(arguments, tmp_path, monkeypatch, capsys):
+    run = {"first_step_seconds": 1.0, "total_seconds": 3.0, "peak_memory_bytes": 2**30}
+    homes = []
+
+    def whole_run(argv, cache_home):
+        homes.append(cache_home)
+        return dict(run)
+
+    monkeypatch.setattr(bench.measure, "whole_run", whole_run)
+    summary = {"training_seconds": 2.0, "data": "pets", "device": "CPU"}
+    monkeypatch.setattr(bench.checkpoint, "load_summary", lambda _: summary)
+    assert bench.main(["startup", "--device", "cpu"]) == 0
+    assert homes[0] == homes[1]
+    *_, cold, warm, _ = capsys.readouterr().out.splitlines()
+    for row, cache in ((cold, "cold"), (warm, "warm")):
+        assert row.split() == [cache, "1.00", "s", "2.00", "s", "3.00", "s", "1,024", "MiB"]
 
 
 @pytest.mark.slow
@@ -300,8 +321,18 @@ def test_lengths(arguments, tmp_path, monkeypatch):
 
 def test_fewer_images_than_a_batch(tmp_path, capsys):
     archive = write_tar(tmp_path / "few.tar", files())
-    assert bench.main(["epoch", "--batch-size", "8", "--data", str(archive)]) == 2
-    assert "fewer training images than a batch of 256" in capsys.readouterr().err
+    for size, needed in ("8", 256), ("300", 300):  # batches of 256 are timed, too
+        assert bench.main(["epoch", "--batch-size", size, "--data", str(archive)]) == 2
+        assert f"fewer training images than a batch of {needed}\n" in capsys.readouterr().err
+
+
+def test_how_long_trainings_are_unless_it_is_said(monkeypatch):
+    monkeypatch.setattr(bench, "bench_trainings", begun := Mock(return_value=None))
+    lengths = dict.fromkeys(("nets", "recipes", "ingredients"), 40)
+    for what, epochs in (lengths | {"lengths": [8, 15, 40, 100]}).items():
+        assert bench.main([what]) == 0
+        args = begun.call_args.args[0]
+        assert (args.epochs, args.repeat, args.out) == (epochs, 1, f"runs/{what}")
 
 
 def test_mistakes_are_one_line(tmp_path, monkeypatch, capsys):

@@ -46,16 +46,24 @@ def run(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def printed(run):
     """What a first export prints about the two files that it writes."""
-    to_int8, calibrating = export.to_int8, checkpoint.load_data(run)
+    to_int8, session, calibrating = export.to_int8, export.session, checkpoint.load_data(run)
+    timed = []
 
     def noting(model, images):
         assert (images == export.drawn(calibrating.train_images.numpy())).all()
         return to_int8(model, images)
 
+    def noting_threads(model, threads=0):
+        if threads == 1:
+            timed.append(model)
+        return session(model, threads)
+
     with redirect_stdout(io.StringIO()) as said, pytest.MonkeyPatch.context() as patch:
         patch.setattr(export, "to_int8", noting)
+        patch.setattr(export, "session", noting_threads)
         patch.setattr(export, "median_seconds", lambda _, images: len(images) ** 0.5 / 1000)
         assert export.main([str(run), "--int8"]) == 0
+    assert timed == [(run / name).read_bytes() for name in ("model.onnx", "model.int8.onnx")]
     return said.getvalue()
 
 

@@ -96,7 +96,7 @@ MODULES = {
     "even kernel": (nn.Sequential(nn.Conv2d(3, 4, 2, 2, 1), nn.Conv2d(4, 4, 4, 1, 1)), 8),
     "same padding": (nn.Sequential(nn.Conv2d(3, 4, 4, padding="same"), nn.Conv2d(4, 4, 3)), 6),
     "dilated same padding": (
-        Wrap(lambda m, x: m.a(x) + m.b(x), nn.Conv2d(3, 3, 3, 1, "same", 3), conv(3, 3, 7)),
+        Wrap(lambda m, x: m.a(x) + m.b(x), nn.Conv2d(3, 3, 4, 1, "same", 2), conv(3, 3, 7)),
         7,
     ),
     "pooled": (nn.Sequential(nn.AvgPool2d(2), nn.Conv2d(3, 4, 3, padding=1)), 6),
@@ -108,12 +108,13 @@ MODULES = {
     ),
     "asymmetric padding": (nn.Sequential(nn.ZeroPad2d((0, 3, 3, 0)), nn.Conv2d(3, 3, 4)), 4),
     "padding of a line": (Wrap(lambda m, x: m.a(F.pad(x, (1, 1))), nn.Conv2d(3, 3, 3)), 3),
-    "skip": (Wrap(lambda m, x: m.b(F.relu(m.a(x) + x)), conv(3, 3, 5), conv(3, 3, 3)), 7),
+    "skip": (Wrap(lambda m, x: m.b((m.a(x) + x).relu_()), conv(3, 3, 5), conv(3, 3, 3)), 7),
     "wider skip": (Wrap(lambda m, x: m.a(x) + m.b(x), conv(3, 3, 3), conv(3, 3, 7)), 7),
     "shifted skip": (Wrap(shifted_skip, conv(3, 3, 3)), 6),  # −5 … −3, and 0
     "cropped": (Wrap(lambda m, x: m.a(x)[:, :, 2:, 2:] + x[:, :, :-4, :-4], nn.Conv2d(3, 3, 3)), 5),
     "strided skip": (Wrap(strided_skip, conv(3, 5, 3, stride=2)), 3),
     "concatenated": (Wrap(lambda m, x: torch.cat([m.a(x), x], -3), conv(3, 3, 3)), 3),
+    "split": (Wrap(lambda m, x: m.a(x).split(2, 1)[1], conv(3, 4, 5)), 5),
     "gated": (Wrap(gated, conv(3, 4, 5)), 5),
     "spatial gate": (Wrap(lambda m, x: x * m.a(x.mean(1, keepdim=True)), conv(1, 1, 5)), 5),
     "scaled": (Wrap(lambda m, x: m.a(x * m.b.weight + 1) / 2, conv(3, 3, 3), conv(1, 3, 1)), 3),

@@ -66,6 +66,10 @@ def test_what_draws_at_random():
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_values_may_be_no_numbers():
+    assert receptive_field(Wrap(lambda m, x: m.a(x).sqrt(), conv(3, 4, 5))) == 5
+
+
 def test_a_pooling_may_take_two_steps():
     for pool in (lambda x: x.flatten(2).mean(2), lambda x: x.mean(3).mean(2)):
         assert receptive_field(Wrap(lambda m, x, pool=pool: pool(m.a(x)), conv(3, 4, 5))) == 5
@@ -73,6 +77,7 @@ def test_a_pooling_may_take_two_steps():
 
 def test_a_convolution_of_the_whole_map_is_no_pooling():
     assert receptive_field(nn.Conv2d(3, 4, 32)) == 32
+    assert receptive_field(nn.Sequential(conv(3, 4, 3), nn.AvgPool2d(32, padding=16))) == 34
 
 
 def test_a_dilated_pooling():
@@ -82,6 +87,8 @@ def test_a_dilated_pooling():
 
 def test_statistics_of_a_whole_map_are_left_out():
     assert receptive_field(nn.Sequential(conv(3, 4, 3), nn.GroupNorm(2, 4), conv(4, 4, 3))) == 5
+    centred = Wrap(lambda m, x: (y := m.a(x)) - y.mean((0, 2, 3), True), conv(3, 4, 3))
+    assert receptive_field(centred) == 32
 
 
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)])
@@ -90,7 +97,9 @@ def test_of_several_poolings_that_with_the_largest_field_counts(order):
         maps = m.a(x), m.b(m.a(x))
         return torch.cat([maps[i].mean((2, 3)) for i in order], 1)
 
-    assert receptive_field(Wrap(pooled, conv(3, 4, 3), conv(4, 4, 5))) == 7
+    assert (
+        receptive_field(Wrap(pooled, conv(3, 4, 3), nn.Conv2d(4, 4, (1, 5), padding=(0, 2)))) == 7
+    )
 
 
 def pooled_by(pool):
@@ -218,6 +227,20 @@ def test_an_operator_it_cannot_account_for_is_named(named, function):
     net = Wrap(function, conv(3, 4, 3), conv(4, 4, 3))
     with pytest.raises(UserError, match=f"node {named}"):
         receptive_field(net)
+
+
+FLOAT = (torch.float32,)
+VIEWS = {"contiguous": (), "detach": (), "float": (), "to": FLOAT, "type": FLOAT}
+
+
+@pytest.mark.parametrize(("view", "given"), VIEWS.items(), ids=VIEWS)
+def test_a_change_through_a_view_is_named(view, given):
+    def changed(m, x):
+        y = m.a(x)
+        return getattr(y, view)(*given).add_(m.b(y)) + m.b(y)
+
+    with pytest.raises(UserError, match="node add_"):
+        receptive_field(Wrap(changed, conv(3, 4, 3), conv(4, 4, 3)))
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,11 @@ def test_without_a_compiler_for_kernels_pytorchs_own_are_taken(monkeypatch, caps
     where = {"is_cuda": True, "device": "cuda" if torch.cuda.is_available() else "cpu"}
     x, huge = (Mock(numel=lambda n=n: n, **where) for n in (2**31 - 1, 2**31))
     assert machine.triton_kernels(torch.ones(1)) is machine.triton_kernels(huge) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(machine, "find_spec", lambda _: None)
+        assert machine.triton_kernels(x) is None
+    assert capsys.readouterr().err == ""
+    machine._kernels_on.cache_clear()
     assert machine.triton_kernels(x) is kernels
     monkeypatch.setattr(kernels, "mirrored", Mock(side_effect=RuntimeError("no C compiler\nTry")))
     machine._kernels_on.cache_clear()

@@ -108,7 +108,9 @@ def test_a_whole_run_has_caches_of_its_own(monkeypatch):
     monkeypatch.setattr(measure.time, "time", Mock(side_effect=[4, 9, 0, 0]))
     expected = {"first_step_seconds": 3, "total_seconds": 5, "peak_memory_bytes": 5}
     assert measure.whole_run(["--epochs", "1"], "caches") == expected
-    assert begun.call_args.kwargs["env"]["XDG_CACHE_HOME"] == "caches"
+    environment = begun.call_args.kwargs["env"]
+    assert environment["XDG_CACHE_HOME"] == "caches"
+    assert environment["TRITON_CACHE_DIR"] == str(Path("caches/triton"))
     child.returncode, child.stderr = 2, "data read in 1.0 s\nerror: no disk\n"
     with pytest.raises(UserError, match="ended with status 2: no disk"):
         measure.whole_run([], "caches")

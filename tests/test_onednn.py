@@ -97,6 +97,8 @@ SIXTEEN = {"in_channels": 16, "out_channels": 16}
     [
         ({"kernel_size": 5, "groups": 8}, True),
         ({"kernel_size": (1, 5), "groups": 8}, True),
+        ({"kernel_size": 5, "groups": 8, "dilation": 2}, True),
+        ({"kernel_size": 5, "groups": 8, "dilation": 2, "stride": 2}, True),
         ({"kernel_size": 3, "groups": 8, "stride": 2}, True),
         ({"kernel_size": 3, "groups": 8, "stride": 2, "dilation": 2, "padding": 1}, True),
         ({"kernel_size": 3, "groups": 8, "dilation": 2, "padding": 1}, True),

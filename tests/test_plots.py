@@ -38,7 +38,20 @@ def test_curves(tmp_path, epochs, monkeypatch):
     losses, accuracies = ("training", 1.0), ("training, as the net sees it", 50)
     seen = [(style.get("label"), y[0]) for (_, _, y), style in plot.call_args_list]
     assert seen == [losses, ("test", 0.9), accuracies, ("test", 60), (None, 0.1)]
+    units = [axes.get_ylabel() for (axes, *_), _ in plot.call_args_list[::2]]
+    assert units == ["cross-entropy, nats", "accuracy, %", "learning rate at the epoch's end"]
     assert all(x == [*range(1, epochs + 1)] for (_, x, _), _ in plot.call_args_list)
+
+
+def test_each_image_of_a_grid_is_upright_and_in_its_place(tmp_path):
+    images = np.zeros((9, 32, 32, 3), np.uint8)
+    images[:, :16] = np.arange(100, 190, 10).reshape(-1, 1, 1, 1)  # the upper half
+    plots.image_grid(tmp_path / "grid.png", images, ["a"] * 9, "nine")
+    with Image.open(tmp_path / "grid.png") as picture:
+        for number, image in enumerate(images):
+            x, y = number % 8 * 150 + 75, number // 8 * 174 + 90  # its centre's and top's
+            assert picture.getpixel((x, y + 30))[:3] == tuple(image[0, 0])
+            assert picture.getpixel((x, y + 90))[:3] == (0, 0, 0)
 
 
 def test_the_examples_are_shown_in_their_colours(monkeypatch):
@@ -52,17 +65,16 @@ def test_the_examples_are_shown_in_their_colours(monkeypatch):
 
 
 def test_confusion_counts_true_classes_in_rows(tmp_path, monkeypatch):
-    seen = {}
-    monkeypatch.setattr(
-        "matplotlib.axes.Axes.imshow", lambda self, share, **_: seen.update(share=share)
-    )
-    written = spy_on(monkeypatch, Axes, "text")
+    shown, written = (spy_on(monkeypatch, Axes, name) for name in ("imshow", "text"))
     labels = np.array([0, 0, 0, 0, 1])
-    logits = np.eye(2)[[0, 0, 0, 1, 1]]
-    plots.confusion(tmp_path / "confusion.png", labels, logits, ["cat", "dog"])
-    assert seen["share"].tolist() == [[75, 25], [0, 100]]
-    texts = [call.args[1:] for call in written.call_args_list]  # x, y
-    assert texts == [(0, 0, "75.0"), (1, 0, "25.0"), (0, 1, "0.0"), (1, 1, "100.0")]
+    logits = np.eye(3)[[0, 0, 0, 1, 1]]
+    plots.confusion(tmp_path / "confusion.png", labels, logits, ["cat", "dog", "untested"])
+    axes, share = shown.call_args.args
+    assert share.tolist() == [[75, 25, 0], [0, 100, 0], [0, 0, 0]]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
+    texts = [(*call.args[1:], call.kwargs["color"]) for call in written.call_args_list]  # x, y
+    assert texts[:2] == [(0, 0, "75.0", "white"), (1, 0, "25.0", "black")]
+    assert texts[3:5] == [(0, 1, "0.0", "black"), (1, 1, "100.0", "white")]
     assert is_picture(tmp_path / "confusion.png")
 
 
@@ -99,7 +111,9 @@ def test_per_class_accuracy_and_calibration(tmp_path, monkeypatch):
     logits = np.log([[0.95, 0.05]] * 6 + [[0.65, 0.35]] * 4)  # of these, half are correct
     plots.per_class(tmp_path / "classes.png", labels, logits, ["cat", "dog"])
     assert seen["t"] == "expected calibration error 9.0 points"  # 0.6 · 5 + 0.4 · 15
-    assert np.round(plot.call_args.args[1:], 6).tolist() == [[65, 95], [50, 100]]
+    axes, *points = plot.call_args.args
+    assert np.round(points, 6).tolist() == [[65, 95], [50, 100]]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("mean confidence, %", "accuracy, %")
     assert is_picture(tmp_path / "classes.png")
 
 
@@ -143,22 +157,25 @@ class Brightest(nn.Module):
 @pytest.fixture
 def run(tmp_path, monkeypatch):
     """A run folder; test image 1 is green in its lower right corner."""
-    dataset = data.load("synthetic", None, torch.device("cpu"), 100, 60)
+    dataset = data.load("synthetic", None, torch.device("cpu"), 100, 59)
     dataset.test_images[1] = 0
     dataset.test_images[1, 1, 20:, 20:] = 255
     monkeypatch.setattr(checkpoint, "load_data", lambda *_: dataset)
     monkeypatch.setattr(checkpoint, "load_net", lambda _: (Brightest(), {}))
     (tmp_path / "config.json").write_text('{"flags": {"net": "atrous", "seed": 3}}')
-    np.save(tmp_path / "predictions.npy", np.eye(10, dtype=np.float32)[[*range(10)] * 6])
+    np.save(tmp_path / "predictions.npy", np.eye(10, dtype=np.float32)[np.arange(59) % 10])
     line = json.dumps({"epoch": 1, "seconds": 2.0, **LINE})
     (tmp_path / "metrics.jsonl").write_text(line + "\n" + line + "\n")
     return tmp_path
 
 
-def test_grad_cam_lights_up_what_was_predicted(run):
+def test_grad_cam_lights_up_what_was_predicted(run, monkeypatch):
     dataset = checkpoint.load_data(run)
     dataset.classes[1] = "golden_retriever_dog"
+    fields = spy_on(monkeypatch, graph, "effective_receptive_field")
     (caption, image, cam, field), other = plots.grad_cam_panels(run, dataset, [1, 0])
+    inputs = torch.cat([call.args[1] for call in fields.call_args_list])
+    assert inputs.equal(data.normalize(dataset.test_images[[1, 0]], dataset.mean, dataset.std))
     assert (image == dataset.test_images[1].permute(1, 2, 0).numpy()).all()
     assert (other[2] != cam).any()
     assert dataset.test_labels[0] != dataset.test_labels[1]
@@ -180,9 +197,11 @@ def test_each_overlay_is_under_its_title(tmp_path, monkeypatch):
 
 
 def test_the_theoretical_field_is_where_it_lies(tmp_path, monkeypatch):
-    patches = spy_on(monkeypatch, Axes, "add_patch")
+    patches, shown = (spy_on(monkeypatch, Axes, name) for name in ("add_patch", "imshow"))
     square = [(2, 42), (3, 41)]  # rows, columns
-    plots.effective_field(tmp_path / "field.png", np.ones((44, 44)), 6, square, "")
+    plots.effective_field(tmp_path / "field.png", 2 * np.eye(44), 6, square, "")
+    assert shown.call_args.args[1].tolist() == np.eye(44).tolist()
+    assert shown.call_args.kwargs["extent"] == (-6.5, 37.5, 37.5, -6.5)  # y points down
     theory, image = (call.args[1] for call in patches.call_args_list)
     assert (theory.get_xy(), theory.get_width(), theory.get_height()) == ((-3.5, -4.5), 39, 41)
     assert (image.get_xy(), image.get_width(), image.get_height()) == ((-0.5, -0.5), 32, 32)
@@ -251,6 +270,8 @@ def test_runs_compared(tmp_path, monkeypatch):
         [[1, 2], low, high],
         [[2, 5], low, high],
     ]
+    labels = [call.args[0].get_xlabel().split(",")[0] for call in plot.call_args_list[:3]]
+    assert labels == ["epoch", "seconds of training", "test accuracy in the last epoch"]
     assert list(set_yticks.call_args.args[2]) == ["two", "one"]
     assert is_picture(tmp_path / "c.png")
 
@@ -261,14 +282,16 @@ def test_mistakes_of_the_user_are_one_line(run, capsys):
         (line,) = capsys.readouterr().err.splitlines()
         return line
 
-    assert "--images 60: synthetic has 60 held-out training images" in error(run, "--images", "60")
+    for number in (59, -1):
+        said = f"--images {number}: synthetic has 59 held-out training images, numbered from 0"
+        assert said in error(run, "--images", number)
     assert "one picture shows 100 at most" in error(run, "--images", *range(50), *range(51))
     metrics = (run / "metrics.jsonl").read_text()
     for text in ("{}\n", metrics.replace("test_accuracy", "accuracy"), '{"epoch": "x"}\n'):
         (run / "metrics.jsonl").write_text(text)
         assert "metrics.jsonl is damaged" in error(run)
     (run / "metrics.jsonl").write_text(metrics)
-    for shape in ((3, 10), (60,), (60, 9), ()):
+    for shape in ((3, 10), (59,), (59, 9), ()):
         np.save(run / "predictions.npy", np.zeros(shape))
         assert "predictions.npy does not match" in error(run)
     (run / "predictions.npy").write_bytes(b"no array")

@@ -10,18 +10,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import EpsImagePlugin, Image
 from test_checkpoint import model_file
 
 import checkpoint
 import predict
 
-CLASSES = ["red", "green", "blue"]
+CLASSES = ["red", "green", "blue", "none"]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-    """A run whose net finds the strongest colour: its logits are the channels' means."""
+    """A run whose net finds the strongest colour: its logits are the channels' means, and −99."""
     folder = tmp_path_factory.mktemp("run")
     model_file(folder / "model.pt", "net136k", CLASSES, mean=[127.5] * 3, std=[64.0] * 3)
     return folder
@@ -29,7 +30,11 @@ def run(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def strongest_colour(monkeypatch):
-    monkeypatch.setattr(predict.step, "forward", lambda net, x, _: 4 * x.mean((2, 3)))
+    def forward(net, x, precision):
+        assert precision == "fp32"
+        return F.pad(4 * x.mean((2, 3)), (0, 1), value=-99)
+
+    monkeypatch.setattr(predict.step, "forward", forward)
 
 
 def save(path, colour, mode="RGB", size=(32, 32), **options):
@@ -57,7 +62,7 @@ def test_any_size_and_mode(run, tmp_path, capsys):
     assert (status, error) == (0, "")
     assert {name: best[0]["class"] for name, best in results.items()} == files
     for best in results.values():
-        assert [set(one) for one in best] == [{"class", "probability"}] * 3
+        assert [set(one) for one in best] == [{"class", "probability"}] * 4
         values = [one["probability"] for one in best]
         assert values == sorted(values, reverse=True)
         assert sum(values) == pytest.approx(1, abs=1e-5)
@@ -76,6 +81,7 @@ def pixels(image, **options):
     return predict.to_pixels(Image.open(io.BytesIO(file.getvalue()))).astype(int)
 
 
+@pytest.mark.filterwarnings("error")
 def test_what_the_net_gets():
     assert pixels(Image.new("L", (9, 9), 77))[5, 5].tolist() == [77] * 3
     assert pixels(Image.new("1", (9, 9), 1))[5, 5].tolist() == [255] * 3
@@ -86,20 +92,25 @@ def test_what_the_net_gets():
     below = Image.fromarray(np.full((9, 9), -0.02, np.float32))
     assert predict.to_pixels(below)[5, 5].tolist() == [0] * 3
     fractions = np.full((40, 40), 0.2, np.float32)
-    fractions[0, :3] = np.inf, np.nan, 1
+    fractions[0, :4] = np.inf, -np.inf, np.nan, 1
     assert predict.to_pixels(Image.fromarray(fractions))[5, 5].tolist() == [51] * 3
-    palette = Image.new("P", (32, 32), 0)
-    palette.info["transparency"] = 0
-    assert pixels(palette)[5, 5].tolist() == [255] * 3
+    dark = Image.fromarray(np.full((9, 9), 200, ">u2"))
+    assert (dark.mode, predict.to_pixels(dark)[5, 5].tolist()) == ("I;16B", [1] * 3)
+    for mode, clear in (("P", 0), ("P", b"\0\x80"), ("RGB", (0, 0, 0))):
+        image = Image.new(mode, (32, 32), 0)
+        image.info["transparency"] = clear
+        assert pixels(image)[5, 5].tolist() == [255] * 3
 
 
 def test_the_central_square_is_resized_with_anti_aliasing():
     wide = np.zeros((64, 128, 3), dtype=np.uint8)
     wide[:, :32], wide[:, 96:] = 255, 255  # outside the central square
-    assert pixels(Image.fromarray(wide))[:, 1:-1].max() < 30
+    for image in (wide, wide.transpose(1, 0, 2)):
+        assert pixels(Image.fromarray(image))[1:-1, 1:-1].max() < 30
     checks = (np.indices((320, 320)).sum(0) % 2 * 255).astype(np.uint8)
-    grey = pixels(Image.fromarray(checks))
-    assert abs(grey - 127).max() < 12
+    for mode in ("L", "P", "RGBA"):
+        grey = pixels(Image.fromarray(checks).convert(mode))
+        assert abs(grey - 127).max() < 12
 
 
 def test_exif_rotation_is_honoured():

@@ -36,6 +36,14 @@ def test_table(capsys):
     assert totals == "atrous: 186,858 parameters, 52,149,264 multiply-adds, receptive field 90"
 
 
+def test_sides_that_differ(capsys, monkeypatch):
+    monkeypatch.setattr(rf.model, "build", lambda *_: nn.Conv2d(3, 4, (3, 5), (2, 1)))
+    assert rf.main([]) == 0
+    _, row, _, totals = capsys.readouterr().out.splitlines()
+    assert row.split()[2:9] == ["3×5", "2×1", "1", "1", "4×15×28", "2×1", "3×5"]
+    assert totals.endswith("receptive field 5")
+
+
 def test_effective_field_of_one_convolution():
     net = nn.Conv2d(3, 2, 5, padding=2, bias=False)
     heat = rf.effective_receptive_field(net, torch.randn(4, 3, 21, 15))
@@ -75,7 +83,7 @@ def test_effective_field_of_a_known_net(run, capsys, monkeypatch):
     assert f"gradient mass inside 32×32   {32**2 / (41 * 39.54):.1%}" in printed
 
 
-def test_images_are_mirrored_where_the_field_leaves_them(run, monkeypatch):
+def test_images_are_mirrored_where_the_field_leaves_them(run, capsys, monkeypatch):
     seen = []
 
     def measured(features, inputs):
@@ -86,6 +94,7 @@ def test_images_are_mirrored_where_the_field_leaves_them(run, monkeypatch):
     some = data.load("synthetic", None, torch.device("cpu"), 100, 3000)
     monkeypatch.setattr(checkpoint, "load_data", lambda _: some)
     assert rf.main(["--effective", str(run)]) == 0
+    assert "net136k on 1,000 of the 3,000 held-out" in capsys.readouterr().out
     (inputs,) = seen
     margin = (inputs.shape[2] - 32) // 2
     image = inputs[:, :, margin : margin + 32, margin : margin + 32]
