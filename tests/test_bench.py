@@ -187,19 +187,18 @@ def test_a_missing_package_is_one_line(monkeypatch, capsys):
     assert "kornia is missing: pip install -r requirements-extra.txt" in capsys.readouterr().err
 
 
-def test_the_second_start_is_warm(arguments, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(("device", "epochs"), [("cpu", 1), ("cuda", 40)])
+def test_the_second_start_is_warm(device, epochs, arguments, monkeypatch, capsys):
     run = {"first_step_seconds": 1.0, "total_seconds": 3.0, "peak_memory_bytes": 2**30}
-    homes = []
-
-    def whole_run(argv, cache_home):
-        homes.append(cache_home)
-        return dict(run)
-
-    monkeypatch.setattr(bench.measure, "whole_run", whole_run)
+    ran = Mock(side_effect=lambda *_, **__: {**run})
+    monkeypatch.setattr(bench.measure, "whole_run", ran)
+    monkeypatch.setattr(bench, "choose_device", bench.torch.device)
     summary = {"training_seconds": 2.0, "data": "pets", "device": "CPU"}
     monkeypatch.setattr(bench.checkpoint, "load_summary", lambda _: summary)
-    assert bench.main(["startup", "--device", "cpu"]) == 0
-    assert homes[0] == homes[1]
+    assert bench.main(["startup", "--device", device]) == 0
+    cold, warm = ran.call_args_list
+    assert cold.kwargs == warm.kwargs  # the same caches
+    assert f"--epochs {epochs} " in " ".join(warm.args[0])
     *_, cold, warm, _ = capsys.readouterr().out.splitlines()
     for row, cache in ((cold, "cold"), (warm, "warm")):
         assert row.split() == [cache, "1.00", "s", "2.00", "s", "3.00", "s", "1,024", "MiB"]
