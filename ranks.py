@@ -130,6 +130,7 @@ def gathered(own: T) -> list[T]:
 
 
 def own_streams() -> None:
-    """Give each process random streams of its own, derived from the seed that all share."""
+    """Give each process random streams of its own, derived from the seed that all share. Those
+    of a run's epochs follow one another; a CPU's generator ignores all but the low 32 bits."""
     if rank() > 0:
-        torch.manual_seed(torch.initial_seed() + rank() * 2**40)
+        torch.manual_seed(torch.initial_seed() + rank() * 2**20)

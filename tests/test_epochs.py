@@ -63,9 +63,15 @@ def test_every_image_comes_once_with_its_label(unchanged, several, dataset, monk
     [([], 1), ([], 3), (["--augment", "albumentations", "--workers", "0"], 1)],
 )
 def test_every_image_draws_for_itself(way, several, dataset, monkeypatch):
+    """In whichever of four processes."""
     monkeypatch.setattr(epochs, "batches_at_once", lambda *_: several)
+    monkeypatch.setattr(epochs.ranks, "count", lambda: 4)
     same = replace(dataset, train_images=dataset.train_images[:1].expand(60, -1, -1, -1))
-    inputs = torch.cat([inputs for inputs, _ in epoch(same, "--affine-p", "1", *way)])
+    batches = []
+    for rank in range(4):
+        monkeypatch.setattr(epochs.ranks, "rank", lambda rank=rank: rank)
+        batches += epoch(same, "--affine-p", "1", *way)
+    inputs = torch.cat([inputs for inputs, _ in batches])
     assert len(inputs.flatten(1).unique(dim=0)) == 56
 
 

@@ -169,6 +169,9 @@ def test_the_accuracy_averaged_over_mirror_images(tmp_path, monkeypatch, no_pict
     assert "flip averaging   50.00%" in capsys.readouterr().out
     assert "mirror image | 50.00% |" in (tmp_path / "card.md").read_text()
     assert lines(tmp_path)[-1]["test_loss"] == pytest.approx(1 + math.log(9 + math.exp(-1)))
+    (tmp_path / "summary.json").unlink()
+    assert train.main(["--resume", str(tmp_path)]) == 0
+    assert torch.equal(*drawn)  # resumed at its very end, a run draws the same picture
 
 
 def test_what_is_printed_when_piped(finished):

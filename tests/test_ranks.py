@@ -6,12 +6,15 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
+from datetime import timedelta
 from pathlib import Path
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from processes import exit_codes, joined, start, together, wait_for
 from test_data import files, write_tar
@@ -22,6 +25,7 @@ import data
 import flags
 import ranks
 import report
+import run_folders
 import step
 import train
 from common import UserError
@@ -58,6 +62,17 @@ def test_each_process_draws_its_own_augmentation(pair):
     one, other = (torch.stack(rank["flipped"]) for rank in pair[1])
     assert one.shape == other.shape == (12, 20)
     assert len(torch.cat([one, other]).unique(dim=0)) == 24  # in every epoch anew
+
+
+def test_no_two_processes_draw_the_same_in_any_epochs(monkeypatch):
+    drawn = []
+    for rank in range(4):
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
+        for seed in range(1, 5):  # as consecutive epochs have
+            torch.manual_seed(seed)
+            ranks.own_streams()
+            drawn.append(torch.rand(4))
+    assert len(torch.stack(drawn).unique(dim=0)) == 16
 
 
 def test_what_has_no_gradient_is_left_alone(monkeypatch):
@@ -104,7 +119,9 @@ def test_the_accuracy_is_that_of_one_process(pair, run, capsys):
     written = torch.from_numpy(np.load(pair[0] / "run/predictions.npy"))
     torch.testing.assert_close(written, logits)
     expected = report.accuracy(logits, dataset.test_labels)
-    assert lines(pair[0] / "run")[-1]["test_accuracy"] == expected
+    last, loss = lines(pair[0] / "run")[-1], F.cross_entropy(logits, dataset.test_labels).item()
+    assert last["test_accuracy"] == expected
+    assert last["test_loss"] == pytest.approx(loss, rel=1e-4)
     summary = json.loads((pair[0] / "run/summary.json").read_text())
     assert (summary["final_accuracy"], summary["processes"]) == (expected, 2)
     assert summary["command"].startswith("torchrun --nproc-per-node=2 train.py --device cpu")
@@ -142,6 +159,12 @@ def test_processes_that_read_different_images(tmp_path, run):
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_that_only_another_process_finds(tmp_path, monkeypatch):
+    monkeypatch.setattr(ranks, "gathered", lambda found: [found, True])
+    with pytest.raises(UserError, match=f"--out {tmp_path}: a run already exists"):
+        run_folders.refuse_existing(tmp_path)
+
+
 def test_process_0_goes_first(monkeypatch):
     def read(*_):
         seen.append("read")
@@ -156,6 +179,23 @@ def test_process_0_goes_first(monkeypatch):
         assert train.main(["--device", "cpu"]) == 2
         assert seen == expected
         seen.clear()
+
+
+@pytest.mark.parametrize("device", [CPU, torch.device("cuda", 1)])
+@pytest.mark.parametrize("mistake", [None, UserError])
+def test_how_processes_join_and_part(device, mistake, monkeypatch):
+    for name in ("is_torchelastic_launched", "init_process_group", "destroy_process_group"):
+        monkeypatch.setattr(ranks.dist, name, Mock())
+    with suppress(UserError), ranks.joined(device):
+        if mistake:
+            raise mistake
+    (backend,), settings = ranks.dist.init_process_group.call_args
+    assert (backend, settings["device_id"]) == (
+        ("gloo", None) if device == CPU else ("nccl", device)
+    )
+    assert settings["timeout"] >= timedelta(minutes=30)  # for process 0 to download and decode
+    parted = ranks.dist.destroy_process_group.called
+    assert parted == (device == CPU or mistake is None)
 
 
 @pytest.mark.parametrize(
@@ -195,6 +235,10 @@ def test_the_others_hear_of_a_full_disk(monkeypatch):
     with pytest.raises(OSError, match="full"):
         ranks.by_main(Mock(side_effect=OSError("full")))
     told.assert_called_once_with(True)
+    monkeypatch.setattr(ranks, "rank", lambda: 1)
+    with pytest.raises(UserError, match="process 0 failed"):
+        ranks.by_main(job := Mock())
+    job.assert_not_called()
 
 
 @pytest.mark.slow
@@ -255,7 +299,7 @@ def test_torchrun_and_a_process_that_dies(tmp_path, run):
     workers = Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()
     os.kill(int(workers[-1]), signal.SIGKILL)
     printed, error = job.communicate(timeout=120)
-    assert printed.count(report.HEADER) == 1
+    assert printed.count(report.HEADER) == error.count("data read in") == 1
     assert job.returncode != 0
     assert "Signal 9" in error
     assert train.main(["--resume", str(folder)]) == 0

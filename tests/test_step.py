@@ -100,6 +100,16 @@ def test_a_radius_takes_the_gradient_uphill_along_that_of_a_quarter():
         torch.testing.assert_close(ours, seen)
 
 
+@pytest.mark.parametrize(("radius", "times"), [(0.0, 1), (0.1, 2)])
+def test_processes_go_uphill_and_down_together(radius, times, monkeypatch):
+    monkeypatch.setattr(step.ranks, "average_gradients", averaged := MagicMock())
+    net, scaler = nn.Conv2d(3, 2, 32), torch.amp.GradScaler(enabled=False)
+    labels = torch.zeros(4, 1, 1, dtype=torch.long)
+    given = net, torch.optim.SGD(net.parameters(), 0.1), scaler, torch.randn(4, 3, 32, 32), labels
+    step.train_step(*given, "fp32", 0.0, radius)
+    assert averaged.call_count == times
+
+
 def test_no_norm_keeps_statistics_uphill():
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.BatchNorm1d(144))
     net(torch.randn(5, 3, 8, 8)).sum().backward()
@@ -144,12 +154,13 @@ def test_logits_of_mirror_images():
 
 def test_fewer_test_images_than_processes(monkeypatch):
     dataset = replace(data.load("synthetic", None, CPU), classes=["left", "right"])
-    dataset = replace(dataset, test_images=dataset.test_images[:1])
     monkeypatch.setattr(step.ranks, "count", lambda: 2)
     monkeypatch.setattr(step.ranks, "total", lambda logits: logits)
-    for rank in (0, 1):
-        monkeypatch.setattr(step.ranks, "rank", lambda rank=rank: rank)
-        assert step.predict_logits(Mirror(), dataset, "fp32").any() == (rank == 0)
+    for images, busy in ((1, [True, False]), (4, [True, True])):
+        few = replace(dataset, test_images=dataset.test_images[:images])
+        for rank in (0, 1):
+            monkeypatch.setattr(step.ranks, "rank", lambda rank=rank: rank)
+            assert step.predict_logits(Mirror(), few, "fp32").any() == busy[rank]
 
 
 @pytest.mark.parametrize("radius", [0.0, 0.1])
