@@ -32,7 +32,7 @@ POINTWISE_NAMES = {
     *("add", "sub", "mul", "div", "truediv"),
     *("contiguous", "clone", "detach", "float", "half", "bfloat16", "to", "type"),
 }
-VIEWS = {"getitem", "contiguous", "detach", "to", "type", "float"}
+VIEWS = {"getitem", "contiguous", "detach", "to", "type", "float", "flatten", "view", "reshape"}
 UNTRUE = "its graph computes something else, for example where `x += …` changes a shared tensor"
 REDUCTIONS = {"mean", "sum", "amax", "amin"}
 ON_CHANNELS = {"cat": 1, "chunk": 2, "split": 2}  # the position of their argument `dim`
@@ -264,8 +264,8 @@ def _spatial_slices(node: fx.Node) -> list[slice] | None:
         at = index.index(Ellipsis)
         index = index[:at] + (slice(None),) * (5 - len(index)) + index[at + 1 :]
     index = [*index, *[slice(None)] * (4 - len(index))]
-    plain = all(isinstance(s, slice) and (s.start or 0) >= 0 for s in index)
-    return index[2:] if plain else None
+    plain = all(isinstance(s, slice) for s in index)
+    return index[2:] if plain and all((s.start or 0) >= 0 for s in index[2:]) else None
 
 
 def _is_layer(node: fx.Node, target: Any) -> bool:

@@ -112,6 +112,7 @@ MODULES = {
     "wider skip": (Wrap(lambda m, x: m.a(x) + m.b(x), conv(3, 3, 3), conv(3, 3, 7)), 7),
     "shifted skip": (Wrap(shifted_skip, conv(3, 3, 3)), 6),  # −5 … −3, and 0
     "cropped": (Wrap(lambda m, x: m.a(x)[:, :, 2:, 2:] + x[:, :, :-4, :-4], nn.Conv2d(3, 3, 3)), 5),
+    "last channel": (Wrap(lambda m, x: m.a(x[:, -1:]), conv(1, 3, 3)), 3),
     "strided skip": (Wrap(strided_skip, conv(3, 5, 3, stride=2)), 3),
     "concatenated": (Wrap(lambda m, x: torch.cat([m.a(x), x], -3), conv(3, 3, 3)), 3),
     "split": (Wrap(lambda m, x: m.a(x).split(2, 1)[1], conv(3, 4, 5)), 5),

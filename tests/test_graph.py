@@ -231,13 +231,15 @@ def test_an_operator_it_cannot_account_for_is_named(named, function):
 
 FLOAT = (torch.float32,)
 VIEWS = {"contiguous": (), "detach": (), "float": (), "to": FLOAT, "type": FLOAT}
+VIEWS |= {"flatten": (1,), "view": (1, -1), "reshape": (1, -1)}
 
 
 @pytest.mark.parametrize(("view", "given"), VIEWS.items(), ids=VIEWS)
 def test_a_change_through_a_view_is_named(view, given):
     def changed(m, x):
         y = m.a(x)
-        return getattr(y, view)(*given).add_(m.b(y)) + m.b(y)
+        added = getattr(m.b(y), view)(*given)
+        return getattr(y, view)(*given).add_(added).flatten(1) + m.b(y).flatten(1)
 
     with pytest.raises(UserError, match="node add_"):
         receptive_field(Wrap(changed, conv(3, 4, 3), conv(4, 4, 3)))

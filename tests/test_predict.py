@@ -186,6 +186,12 @@ def test_a_bad_file_is_skipped(run, tmp_path, capsys, monkeypatch):
     bad.write_bytes(b"no image")
     said = f"skipped: {tmp_path}/b\\x1bad.png: unknown image format\n"
     assert classified(capsys, run, bad)[2] == said
+    damaged = bytearray(Path(good).read_bytes())
+    damaged[45] ^= 0xFF  # in its pixels
+    bad.write_bytes(damaged)
+    status, results, error = classified(capsys, run, bad)
+    assert (status, results) == (1, {})
+    assert error.endswith("b\\x1bad.png: broken data stream when reading image file\n")
 
 
 def test_what_would_start_a_program_or_is_hidden_is_not_read(run, tmp_path, capsys, monkeypatch):
