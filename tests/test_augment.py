@@ -7,6 +7,7 @@ tolerances of interpolated values widen to 4 levels. `--images ARCHIVE` compares
 import ast
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -212,8 +213,9 @@ def test_it_needs_nothing_but_pytorch():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("border", BORDERS)
-def test_gpu_equals_cpu(images, params, border, monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)  # must not affect the grid
+def test_gpu_equals_cpu(images, params, border, request):
+    request.addfinalizer(partial(torch.set_float32_matmul_precision, "highest"))
+    torch.set_float32_matmul_precision("high")  # TF32, which must not affect the grid
     on_gpu = Params(**{name: tensor.cuda() for name, tensor in vars(params).items()})
     with torch.autocast("cuda", torch.bfloat16):
         result = apply(images.cuda(), on_gpu, FILL.view(-1, 1, 1).cuda(), border).cpu()
