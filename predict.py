@@ -85,8 +85,8 @@ def probabilities(
         return step.forward(net, data.normalize(images, mean, std), "fp32").softmax(1).cpu()
 
 
-def classify(args: Namespace, failed: list[str]) -> None:
-    """Print the net's top classes for each image; names of unreadable ones go to `failed`."""
+def classify(args: Namespace) -> int:
+    """Print the net's top classes for each image. Returns the exit status: 1 if one was skipped."""
     device = choose_device(args.device)
     path = args.run if args.run.suffix == ".pt" else args.run / "model.pt"
     net, content = checkpoint.load_net(path)
@@ -94,6 +94,7 @@ def classify(args: Namespace, failed: list[str]) -> None:
     classes = content["classes"]
     mean, std = (torch.tensor(content[key], device=device) for key in ("mean", "std"))
     warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a photo may be that large
+    failed: list[str] = []
     images = readable(args.images, failed)
     widest, results = max(map(len, classes)), []
     while batch := list(islice(images, BATCH)):
@@ -108,11 +109,11 @@ def classify(args: Namespace, failed: list[str]) -> None:
                 print(*cells, printable(name), sep="  ", flush=True)
     if args.json:
         print(json.dumps(results))
+    return int(bool(failed))
 
 
 @with_exit_status
 def main(argv: list[str]) -> int:
-    """The exit status is 1 where a file was skipped."""
     parser = Parser(description="Classify images with a trained net.")
     parser.add_argument("run", metavar="RUN", type=Path, help="run folder, or its model.pt")
     parser.add_argument(
@@ -121,9 +122,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--top", type=number(int, 1), default=3, help="classes per image")
     parser.add_argument("--json", action="store_true", help="print JSON only")
     parser.add_argument("--device", choices=DEVICES, default="auto")
-    failed: list[str] = []
-    classify(parser.parse_args(argv), failed)
-    return int(bool(failed))
+    return classify(parser.parse_args(argv))
 
 
 if __name__ == "__main__":

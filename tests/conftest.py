@@ -69,6 +69,20 @@ def no_pictures(monkeypatch):
     monkeypatch.setattr(plots, "examples", lambda *_: None)
 
 
+@pytest.fixture
+def refused(capsys):
+    """A function that has a command refuse its arguments, and returns the one line that it says."""
+
+    def said(main, *arguments):
+        assert main([*map(str, arguments)]) == 2
+        lines = capsys.readouterr().err.splitlines()
+        (line,) = (line for line in lines if not line.startswith("data read"))
+        assert line.startswith("error: ")
+        return line
+
+    return said
+
+
 @pytest.fixture(autouse=True)
 def _alone(tmp_path, monkeypatch):
     """Seed each test's random numbers, and keep tests away from the user's cache."""

@@ -15,7 +15,6 @@ import checkpoint
 import epochs
 import plots
 import ranks
-import step
 import train
 
 # forks from a process that has imported everything and computed nothing
@@ -61,9 +60,9 @@ def _kill_within_write(number, share):
 
 
 def _record(path):
-    """Save which images this process drew and flipped in each epoch, and its net after each."""
-    share, run_epoch, apply = ranks.share, epochs.run_epoch, step.apply
-    seen, flipped, nets = [], [], []
+    """Save which images this process drew in each epoch, and its net after each."""
+    share, run_epoch = ranks.share, epochs.run_epoch
+    seen, nets = [], []
 
     def noted_share(items):
         mine = share(items)
@@ -71,17 +70,12 @@ def _record(path):
             seen.append(mine.clone())
         return mine
 
-    def noted_apply(images, params, *rest):
-        flipped.append(params.flip)
-        return apply(images, params, *rest)
-
     def noted_epoch(training, *rest):
         run_epoch(training, *rest)
         nets.append({k: v.clone() for k, v in training.net.state_dict().items()})
-        epochs = len(training.history)
-        torch.save({"seen": seen, "flipped": flipped, "nets": nets, "epochs": epochs}, path)
+        torch.save({"seen": seen, "nets": nets}, path)
 
-    ranks.share, epochs.run_epoch, step.apply = noted_share, noted_epoch, noted_apply
+    ranks.share, epochs.run_epoch = noted_share, noted_epoch
 
 
 def joined(count, argv, folder, own=None):

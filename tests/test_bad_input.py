@@ -59,23 +59,19 @@ if not torch.cuda.is_available():
 
 
 @pytest.mark.parametrize(("arguments", "named"), BAD_FLAGS, ids=lambda value: str(value))
-def test_bad_flags(tmp_path, monkeypatch, capsys, arguments, named):
+def test_bad_flags(tmp_path, monkeypatch, refused, arguments, named):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("not a folder")
-    assert train.main([*SMALL, *arguments]) == 2
-    printed = capsys.readouterr()
-    (error,) = (x for x in printed.err.splitlines() if not x.startswith("data read"))
-    assert error.startswith("error: ")
-    assert named in error
+    assert named in refused(train.main, *SMALL, *arguments)
     assert [path.name for path in tmp_path.iterdir() if path.name != "cache"] == ["file"]
 
 
 @pytest.mark.parametrize("name", sorted(FILES - {"config.json"}))
-def test_a_file_of_the_users_is_not_overwritten(name, tmp_path, capsys, monkeypatch):
+def test_a_file_of_the_users_is_not_overwritten(name, tmp_path, refused, monkeypatch):
     monkeypatch.setattr(data, "load", Mock(side_effect=AssertionError))  # it would take minutes
     (tmp_path / name).write_text("kept")
-    assert train.main([*SMALL, "--out", str(tmp_path)]) == 2
-    assert f"{name} already exists; choose another --out" in capsys.readouterr().err
+    said = f"{name} already exists; choose another --out"
+    assert said in refused(train.main, *SMALL, "--out", tmp_path)
     assert (tmp_path / name).read_text() == "kept"
 
 
@@ -88,26 +84,22 @@ def test_a_run_that_nobody_reads(tmp_path, monkeypatch):
         train.run_all([*SMALL, "--out", str(tmp_path)])
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tmp_path, capsys):
+def test_a_loss_that_is_no_number_stops_the_run(tmp_path, refused):
     folder = tmp_path / "run"
-    extra = ["--lr", "1e30", "--epochs", "1", "--precision", "fp32", "--out", str(folder)]
-    assert train.main([*SMALL, *extra]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
+    extra = ["--lr", "1e30", "--epochs", "1", "--precision", "fp32", "--out", folder]
+    error = refused(train.main, *SMALL, *extra)
     assert "at step " in error
     assert "learning rate" in error
     assert not (folder / "last.pt").exists()
 
 
-def test_weights_that_are_no_numbers_are_not_kept(tmp_path, capsys, no_pictures):
+def test_weights_that_are_no_numbers_are_not_kept(tmp_path, refused, no_pictures):
     """Epoch 7's only step, the first with --sam, ruins them; the loss before it is finite."""
     folder = tmp_path / "run"
     one_step = ["--epochs", "8", "--batch-size", "60", "--net", "net136k", "--sam", "1e30"]
-    assert train.main([*SMALL, *one_step, "--out", str(folder)]) == 2
-    error = capsys.readouterr().err.splitlines()[-1]
-    said = (
-        "error: the test loss is nan after epoch 7: start again in another --out, with a lower --lr"
-    )
-    assert error == f"{said} or --precision fp32"
+    said = "error: the test loss is nan after epoch 7: start again in another --out, "
+    said += "with a lower --lr or --precision fp32"
+    assert refused(train.main, *SMALL, *one_step, "--out", folder) == said
     content = checkpoint.load(folder / "last.pt")
     assert len(content["history"]) == 6
     assert all(value.isfinite().all() for value in content["net"].values())
@@ -120,21 +112,18 @@ def test_weights_that_are_no_numbers_are_not_kept(tmp_path, capsys, no_pictures)
         MemoryError("Unable to allocate 9.00 GiB for an array"),
     ],
 )
-def test_out_of_memory_is_one_line(tmp_path, monkeypatch, capsys, error):
+def test_out_of_memory_is_one_line(tmp_path, monkeypatch, refused, error):
     def exhausted(*_):
         raise error
 
     monkeypatch.setattr(step, "train_step", exhausted)
-    assert train.main([*SMALL, "--out", str(tmp_path / "run")]) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == (
+    assert refused(train.main, *SMALL, "--out", tmp_path / "run") == (
         "error: --batch-size 20: cpu is out of memory; start a new run with a smaller one, "
         f"or free memory: --resume {tmp_path}/run continues after the last finished epoch"
     )
     monkeypatch.setattr(data, "load", exhausted)
-    assert train.main([*SMALL, "--out", str(tmp_path / "other")]) == 2
-    assert (
-        capsys.readouterr().err == "error: out of memory: free some memory or use another device\n"
-    )
+    said = "error: out of memory: free some memory or use another device"
+    assert refused(train.main, *SMALL, "--out", tmp_path / "other") == said
 
 
 def test_a_mistake_of_ours_is_no_lack_of_memory(tmp_path, monkeypatch):
@@ -144,7 +133,7 @@ def test_a_mistake_of_ours_is_no_lack_of_memory(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("module", ["torch._inductor.exc", "torch._dynamo.exc"])
-def test_a_missing_compiler_is_one_line(module, tmp_path, monkeypatch, capsys):
+def test_a_missing_compiler_is_one_line(module, tmp_path, monkeypatch, refused):
     class InvalidCxxCompiler(RuntimeError):
         __module__ = module
 
@@ -155,14 +144,12 @@ def test_a_missing_compiler_is_one_line(module, tmp_path, monkeypatch, capsys):
         return failing
 
     monkeypatch.setattr(torch, "compile", compiled)
-    assert train.main([*SMALL, "--compile", "--out", str(tmp_path / "run")]) == 2
-    assert capsys.readouterr().err.splitlines()[-1] == (
-        "error: --compile: No working C++ compiler found; train without it"
-    )
+    said = "error: --compile: No working C++ compiler found; train without it"
+    assert refused(train.main, *SMALL, "--compile", "--out", tmp_path / "run") == said
 
 
 @pytest.mark.parametrize("before", ["", "Caught RuntimeError in DataLoader worker process 0.\n"])
-def test_a_worker_that_fails_is_one_line(tmp_path, monkeypatch, capsys, before):
+def test_a_worker_that_fails_is_one_line(tmp_path, monkeypatch, refused, before):
     said = "DataLoader worker (pid 7) is killed by signal: Bus error."
 
     def failing(*settings):
@@ -170,9 +157,8 @@ def test_a_worker_that_fails_is_one_line(tmp_path, monkeypatch, capsys, before):
         raise RuntimeError(f"{before}{said}\n")
 
     monkeypatch.setattr(reference, "loader", failing)
-    run = ["--augment", "albumentations", "--workers", "3", "--out", str(tmp_path / "run")]
-    assert train.main([*SMALL, *run]) == 2
-    line = capsys.readouterr().err.splitlines()[-1]
+    run = ["--augment", "albumentations", "--workers", "3", "--out", tmp_path / "run"]
+    line = refused(train.main, *SMALL, *run)
     assert line.startswith(f"error: --workers 3: {said}; resume with --workers 0: --resume ")
 
 
@@ -187,12 +173,10 @@ def a_full_disk():
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_full_disk_is_one_line_that_names_the_way_on(tmp_path, capsys, no_pictures):
+def test_a_full_disk_is_one_line_that_names_the_way_on(tmp_path, refused, no_pictures):
     folder = tmp_path / "run"
     with a_full_disk():
-        status = train.main([*SMALL, "--net", "net136k", "--out", str(folder)])
-    error = capsys.readouterr().err.splitlines()[-1]
-    assert status == 2
+        error = refused(train.main, *SMALL, "--net", "net136k", "--out", folder)
     assert f"File too large: '{folder}/last.pt'; --resume {folder}" in error
     assert [file.name for file in folder.iterdir()] == ["config.json"]
     assert train.main(["--resume", str(folder)]) == 0
@@ -206,11 +190,10 @@ def test_a_decoded_archive_that_the_disk_has_no_room_for(tmp_path, capsys):
     assert "decoded images are not cached: " in capsys.readouterr().err
 
 
-def test_a_folder_without_a_run_is_none_to_resume(tmp_path, monkeypatch, capsys):
+def test_a_folder_without_a_run_is_none_to_resume(tmp_path, monkeypatch, refused):
     full = Mock(side_effect=OSError(28, "No space left on device"))
     monkeypatch.setattr(report, "write_json", full)
     for more in ([], ["--repeat", "2"]):
-        assert train.main([*SMALL, "--out", str(tmp_path), *more]) == 2
-        said = capsys.readouterr().err.splitlines()[-1]
+        said = refused(train.main, *SMALL, "--out", tmp_path, *more)
         assert said.startswith(f"error: --out {tmp_path} cannot be written to: ")
         assert "--resume" not in said

@@ -141,7 +141,7 @@ BAD = {
     "no classes": lambda path: model_file(path, classes=[]),
     "a terminal's commands": lambda path: model_file(path, classes=["\x1b[2J", "b"]),
     "no deviation": lambda path: model_file(path, std=[0.0] * 3),
-    "two means": lambda path: model_file(path, mean=[0.0] * 2),
+    "two channels": lambda path: model_file(path, mean=[0.0] * 2, std=[1.0] * 2),
     "a text for a mean": lambda path: model_file(path, mean="abc"),
     "an infinite mean": lambda path: model_file(path, mean=[0.0, 0.0, float("inf")]),
     "no mean": lambda path: model_file(path, mean=None),

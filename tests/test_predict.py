@@ -245,27 +245,24 @@ def test_text_is_aligned_and_printed_batch_by_batch(run, tmp_path, capsys, monke
     assert all(line.count("%") == 2 for line in lines)
 
 
-def test_a_net_under_another_name(run, tmp_path, capsys):
+def test_a_net_under_another_name(run, tmp_path, capsys, refused):
     image, net = save(tmp_path / "a.png", (250, 9, 9)), tmp_path / "net.pt"
     net.write_bytes((run / "model.pt").read_bytes())
     assert predict.main([str(net), str(image)]) == predict.main([str(run), str(image)]) == 0
     first, second = capsys.readouterr().out.splitlines()
     assert first == second
-    assert predict.main([str(run / "nte.pt"), str(image)]) == 2
-    assert "nte.pt does not exist" in capsys.readouterr().err
+    assert "nte.pt does not exist" in refused(predict.main, run / "nte.pt", image)
 
 
-def test_mistakes_are_one_line(run, capsys, tmp_path, monkeypatch):
+def test_mistakes_are_one_line(run, refused, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for arguments in (
-        [str(run), "x", "--device", "cuda"],
-        [str(run)],
-        [str(tmp_path / "nowhere"), "x.png"],
-        [str(run), "x", "--top", "0"],
+        [run, "x", "--device", "cuda"],
+        [run],
+        [tmp_path / "nowhere", "x.png"],
+        [run, "x", "--top", "0"],
     ):
-        assert predict.main(arguments) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        assert line.startswith("error: ")
+        refused(predict.main, *arguments)
 
 
 def test_a_folder_gives_every_kind_of_file_that_can_be_read_alone(run, tmp_path, capsys):

@@ -89,31 +89,27 @@ def test_ended_behind_its_last_epoch(finished, tmp_path, monkeypatch, capsys, no
     assert (folder / "card.md").exists()
 
 
-def test_a_resumed_run_keeps_its_flags(finished, capsys):
+def test_a_resumed_run_keeps_its_flags(finished, refused):
     folder, _ = finished
     for option, value, had in (
         ("--lr", "0.2", "0.1"),
         ("--target", "0.9", "0.01"),
         ("--out", "elsewhere", folder),
     ):
-        assert train.main(["--resume", str(folder), option, value]) == 2
         error = f"error: {option} {value}: the run in {folder} has {had} and keeps it; "
-        error += "start a new run in another --out\n"
-        assert capsys.readouterr().err == error
+        error += "start a new run in another --out"
+        assert refused(train.main, "--resume", folder, option, value) == error
 
 
-def test_a_run_from_before_a_flag(finished, tmp_path, capsys):
+def test_a_run_from_before_a_flag(finished, tmp_path, refused):
     config = json.loads((finished[0] / "config.json").read_text())
     del config["flags"]["sam"]
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert train.main(["--resume", str(tmp_path)]) == 2
-    assert (
-        "config.json is from another version of atrous (flags differ: sam): use that"
-        in capsys.readouterr().err
-    )
+    said = "config.json is from another version of atrous (flags differ: sam): use that"
+    assert said in refused(train.main, "--resume", tmp_path)
 
 
-def test_a_recipe_is_recorded_and_resumed(tmp_path, capsys, no_pictures):
+def test_a_recipe_is_recorded_and_resumed(tmp_path, capsys, refused, no_pictures):
     folder = tmp_path / "run"
     arguments = [*SMALL, "--net", "net136k", "--recipe", "net136k", "--epochs", "1"]
     assert train.main([*arguments, "--out", str(folder)]) == 0
@@ -125,20 +121,17 @@ def test_a_recipe_is_recorded_and_resumed(tmp_path, capsys, no_pictures):
     before = lines(folder)
     assert train.main(["--resume", str(folder)]) == 0
     assert lines(folder) == before
-    assert train.main(["--resume", str(folder), "--dropout", "0"]) == 2
-    assert "--dropout 0.0: the run in" in capsys.readouterr().err
+    assert "--dropout 0.0: the run in" in refused(train.main, "--resume", folder, "--dropout", "0")
 
 
-def test_a_resumed_run_keeps_its_data(finished, tmp_path, capsys, no_pictures):
+def test_a_resumed_run_keeps_its_data(finished, tmp_path, refused, no_pictures):
     folder = shutil.copytree(finished[0], tmp_path / "run", ignore=lambda *_: ["summary.json"])
     path = write_tar(tmp_path / "pets.tar", files(train=60))
-    assert train.main(["--resume", str(folder), "--data", str(path)]) == 2
-    error = capsys.readouterr().err
+    error = refused(train.main, "--resume", folder, "--data", path)
     assert re.search(r"on 60 images \(CRC \w+\), not pets's 60 images \(CRC", error)
-    assert train.main(["--resume", str(folder), "--data", str(tmp_path / "gone")]) == 2
-    assert "; if the run's images have moved, say where: --data\n" in capsys.readouterr().err
-    assert train.main(["--data", str(tmp_path / "gone")]) == 2
-    assert "moved" not in capsys.readouterr().err
+    error = refused(train.main, "--resume", folder, "--data", tmp_path / "gone")
+    assert error.endswith("; if the run's images have moved, say where: --data")
+    assert "moved" not in refused(train.main, "--data", tmp_path / "gone")
     anew = ["--data-dir", str(tmp_path), "--workers", "0", "--device", "auto"]
     assert train.main(["--resume", str(folder), *anew]) == 0
     config = json.loads((folder / "config.json").read_text())
@@ -173,45 +166,44 @@ def test_a_resumed_run_keeps_its_images_and_labels(tmp_path, no_pictures, capsys
     assert capsys.readouterr().err.count(", not pets's 60 images") == 5
 
 
-def test_the_checkpoint_of_another_run(finished, tmp_path, capsys):
+def test_the_checkpoint_of_another_run(finished, tmp_path, refused):
     folder = shutil.copytree(finished[0], tmp_path / "run")
     (folder / "summary.json").unlink()
     config = json.loads((folder / "config.json").read_text())
     for flag, value in {"epochs": 4, "seed": 7, "lr": 0.3}.items():
         other = config | {"flags": config["flags"] | {flag: value}}
         (folder / "config.json").write_text(json.dumps(other))
-        assert train.main(["--resume", str(folder)]) == 2
-        assert "last.pt and config.json are from different runs" in capsys.readouterr().err
+        error = refused(train.main, "--resume", folder)
+        assert "last.pt and config.json are from different runs" in error
     assert (folder / "last.pt").read_bytes() == (finished[0] / "last.pt").read_bytes()
     (folder / "config.json").write_text(json.dumps(config))
     whole = checkpoint.load(folder / "last.pt")
     wrong = {"net": {}}, {"net": 5}, {"optimizer": 5}, {"optimizer": {"param_groups": []}}
     for content in *(whole | w for w in wrong), {k: v for k, v in whole.items() if k != "elapsed"}:
         checkpoint.save(folder / "last.pt", content)
-        assert train.main(["--resume", str(folder)]) == 2
-        assert "last.pt does not fit this version of atrous: " in capsys.readouterr().err
+        error = refused(train.main, "--resume", folder)
+        assert "last.pt does not fit this version of atrous: " in error
 
 
-def test_before_its_first_checkpoint_too(finished, tmp_path, capsys, no_pictures):
+def test_before_its_first_checkpoint_too(finished, tmp_path, refused, no_pictures):
     config = (finished[0] / "config.json").read_text()
     (tmp_path / "run").mkdir()
     (tmp_path / "run/config.json").write_text(config)
     other = write_tar(tmp_path / "pets.tar", files(train=60))
-    assert train.main(["--resume", str(tmp_path / "run"), "--data", str(other)]) == 2
-    error = capsys.readouterr().err
+    error = refused(train.main, "--resume", tmp_path / "run", "--data", other)
     assert f"--resume {tmp_path}/run: that run trains on 60 images" in error
     name = json.loads(config)["data"]
-    assert error.endswith(f"; it can only continue on {name} as it was then\n")
+    assert error.endswith(f"; it can only continue on {name} as it was then")
     assert (tmp_path / "run/config.json").read_text() == config
     assert train.main(["--resume", str(tmp_path / "run")]) == 0
     assert checkpoint.load_config(tmp_path / "run")["flags"] == json.loads(config)["flags"]
     assert timeless(tmp_path / "run") == timeless(finished[0])
 
 
-def test_another_process_at_the_same_run(finished, capsys, monkeypatch):
+def test_another_process_at_the_same_run(finished, refused, monkeypatch):
     with run_folders.alone_in(finished[0]):
-        assert train.main(["--resume", str(finished[0])]) == 2
-        assert f"{finished[0]}: in use by another process" in capsys.readouterr().err
+        error = refused(train.main, "--resume", finished[0])
+        assert f"{finished[0]}: in use by another process" in error
         monkeypatch.setattr(run_folders, "fcntl", None)  # as on Windows, which has no such locks
         assert train.main(["--resume", str(finished[0])]) == 0
     monkeypatch.undo()
@@ -221,14 +213,13 @@ def test_another_process_at_the_same_run(finished, capsys, monkeypatch):
     assert train.main(["--resume", str(finished[0])]) == 0
 
 
-def test_the_images_of_a_run_may_move(tmp_path, no_pictures, capsys):
+def test_the_images_of_a_run_may_move(tmp_path, no_pictures, refused):
     here, there, out = (tmp_path / name for name in ("pets", "moved", "a run"))
     write_folder(here, files(train=30))
     run = ["--net", "net136k", "--batch-size", "30", "--epochs", "1", "--device", "cpu"]
     assert train.main([*run, "--data", str(here), "--out", str(out)]) == 0
     here.rename(there)
-    assert plots.main([str(out)]) == 2
-    assert f"images moved: python train.py --resume '{out}' --data" in capsys.readouterr().err
+    assert f"images moved: python train.py --resume '{out}' --data" in refused(plots.main, out)
     (out / "summary.json").unlink()  # as if it had still to go on
     assert train.main(["--resume", str(out), "--data", str(there)]) == 0
     assert checkpoint.load_data(out).name == "moved"
@@ -306,10 +297,10 @@ def test_the_mean_is_that_of_the_last_epochs(finished, tmp_path, capsys):
     assert "2 seeds: final test accuracy 55.00% ± 7.07% (standard" in capsys.readouterr().out
 
 
-def test_repeats_go_on_with_no_run_that_is_another(finished, tmp_path, capsys):
+def test_repeats_go_on_with_no_run_that_is_another(finished, tmp_path, refused):
     shutil.copytree(finished[0], tmp_path / "s1")
-    assert train.main([*SMALL, "--repeat", "2", "--out", str(tmp_path)]) == 2
-    assert f"--out {tmp_path}/s1: a run already exists" in capsys.readouterr().err
+    error = refused(train.main, *SMALL, "--repeat", "2", "--out", tmp_path)
+    assert f"--out {tmp_path}/s1: a run already exists" in error
     assert [path.name for path in tmp_path.iterdir()] == ["s1"]
 
 

@@ -1,5 +1,6 @@
 import json
 import shutil
+from functools import partial
 from unittest.mock import Mock
 
 import pytest
@@ -103,12 +104,8 @@ def test_images_are_mirrored_where_the_field_leaves_them(run, capsys, monkeypatc
     assert torch.equal(around, F.pad(image, (20,) * 4, mode="reflect"))
 
 
-def test_mistakes_are_one_line(run, tmp_path, capsys):
-    def error(*arguments):
-        assert rf.main([*map(str, arguments)]) == 2
-        (line,) = capsys.readouterr().err.splitlines()
-        return line
-
+def test_mistakes_are_one_line(run, tmp_path, refused):
+    error = partial(refused, rf.main)
     assert "--net: invalid choice: 'resnet' (choose from" in error("--net", "resnet")
     assert "--jason" in error("--jason")
     assert "model.pt does not exist" in error("--effective", tmp_path / "nowhere")
