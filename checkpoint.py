@@ -17,6 +17,8 @@ from common import UserError, check_sums, first_line, going_on, written_whole
 from model import build
 
 T = TypeVar("T")
+SUMMARY = {"data", "images", "tested_on", "net", "parameters", "multiply_adds", "receptive_field"}
+SUMMARY |= {"device", "precision", "command", "versions", "seed", "epochs"}  # of a summary.json
 FORMAT = 3  # of last.pt and model.pt; raise when keys change, nets' included
 
 
@@ -110,9 +112,10 @@ def load_summary(run: Path) -> dict[str, Any]:
 
     def parse(file: BinaryIO) -> dict[str, Any]:
         summary = dict(json.load(file))
-        if missing := {"images", "tested_on", "versions"} - summary.keys():
+        if missing := SUMMARY - summary.keys():
             raise ValueError(f"{min(missing)} is missing")
-        _check_numbers(summary, "final_accuracy")
+        _check_numbers(summary, "final_accuracy", "best_accuracy", "flip_accuracy")
+        _check_numbers(summary, "training_seconds", "total_seconds")
         return summary
 
     return _read(run / "summary.json", parse)
@@ -136,7 +139,14 @@ def load_history(run: Path) -> list[dict[str, Any]]:
 def load_predictions(run: Path) -> np.ndarray:
     """The test logits float32 (N, classes) of the run in a folder. Raises UserError if they are
     missing or damaged."""
-    return _read(run / "predictions.npy", np.lib.format.read_array)
+
+    def parse(file: BinaryIO) -> np.ndarray:
+        logits = np.lib.format.read_array(file)
+        if logits.dtype != np.float32 or not (logits < np.inf).all():
+            raise ValueError("it must hold numbers, float32")
+        return logits
+
+    return _read(run / "predictions.npy", parse)
 
 
 def runs_in(folder: Path) -> list[Path]:

@@ -154,8 +154,9 @@ def written_whole(path: Path, ending: str = ".tmp") -> Iterator[BinaryIO]:
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink()
-        if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
-            error = error.__context__  # a full disk, on which torch.save fails a second time
+        stops = (OSError, KeyboardInterrupt, Terminated)  # such as a full disk
+        if isinstance(error, RuntimeError) and isinstance(error.__context__, stops):
+            error = error.__context__  # on which torch.save fails a second time
         if isinstance(error, OSError) and error.errno:
             error.filename = str(path)
         raise error

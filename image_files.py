@@ -5,6 +5,7 @@ import io
 import os
 import sys
 import tarfile
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
@@ -49,7 +50,8 @@ def read(path: Path) -> tuple[str, list[str], Splits]:
     except Exception as error:  # whatever is wrong with it, the source is at hand
         why = first_line(error)
         print(f"warning: {cache} cannot be read, decoding again ({why})", file=sys.stderr)
-    classes, splits = _decode(path)
+    with warnings.catch_warnings(action="ignore"):  # Pillow's, of damaged EXIF, name no file
+        classes, splits = _decode(path)
     try:
         cache.parent.mkdir(parents=True, exist_ok=True)
         with written_whole(cache, f".{os.getpid()}.tmp") as file:  # two runs may decode at once

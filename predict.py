@@ -93,7 +93,7 @@ def classify(args: Namespace) -> int:
     net.to(device, memory_format=torch.channels_last)
     classes = content["classes"]
     mean, std = (torch.tensor(content[key], device=device) for key in ("mean", "std"))
-    warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # a photo may be that large
+    warnings.filterwarnings("ignore", module="PIL")  # a photo may be large, its EXIF damaged
     failed: list[str] = []
     images = readable(args.images, failed)
     widest, results = max(map(len, classes)), []

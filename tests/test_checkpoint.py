@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -10,6 +11,8 @@ from test_hostile import Hostile
 
 import checkpoint
 import data
+import plots
+import train
 from common import UserError, written_whole
 from model import build
 
@@ -171,14 +174,34 @@ def test_what_is_damaged_and_can_be_made_anew(tmp_path):
         checkpoint.load_config(tmp_path)
     (tmp_path / "summary.json").write_text("{}")
     way = f"delete {tmp_path}/summary.json, then train.py --resume {tmp_path} continues"
-    with pytest.raises(UserError, match=f"is damaged: images is missing; {way}"):
+    with pytest.raises(UserError, match=f"is damaged: command is missing; {way}"):
         checkpoint.load_summary(tmp_path)
-    whole = {"images": "", "tested_on": "", "versions": {}, "final_accuracy": 1}
-    for name in ("images", "tested_on", "versions"):
+
+
+def test_a_finished_seed_that_lacks_a_figure(finished, tmp_path, capsys):
+    """The mean over --repeat's seeds needs it."""
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    whole = json.loads((folder / "summary.json").read_text())
+    numbers = "final_accuracy best_accuracy flip_accuracy training_seconds total_seconds"
+    for name in (*numbers.split(), "images", "tested_on", "versions", "seed", "parameters"):
         rest = {key: value for key, value in whole.items() if key != name}
-        (tmp_path / "summary.json").write_text(json.dumps(rest))
-        with pytest.raises(UserError, match=f"is damaged: {name} is missing"):
-            checkpoint.load_summary(tmp_path)
+        (folder / "summary.json").write_text(json.dumps(rest))
+        assert train.main(["--resume", str(folder)]) == 2
+        said = capsys.readouterr().err
+        assert f"is damaged: {name} is " in said
+        assert f"delete {folder}/summary.json" in said
+
+
+@pytest.mark.parametrize("kind", ["U8", "complex64", ">f4", "nan", "inf"])
+def test_predictions_that_are_no_numbers_of_ours(kind, finished, tmp_path, capsys):
+    folder = shutil.copytree(finished[0], tmp_path / "run")
+    logits = np.load(folder / "predictions.npy")
+    numbers = kind in ("nan", "inf")
+    logits = logits * np.float32(kind) if numbers else logits.astype(kind)
+    np.save(folder / "predictions.npy", logits)
+    assert plots.main([str(folder)]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {folder}/predictions.npy is damaged: ")
 
 
 @pytest.mark.parametrize(("ahead", "other"), [(1, "a newer"), (-1, "an older")])

@@ -11,6 +11,7 @@ from pathlib import Path, PureWindowsPath
 from unittest.mock import Mock
 
 import pytest
+import torch
 
 import common
 
@@ -108,6 +109,19 @@ def test_a_second_sigterm_does_not_disturb_the_ending(capsys):
 
     assert common.exit_status(job) == 143
     assert capsys.readouterr() == ("ended\n", "terminated\n")
+
+
+@pytest.mark.parametrize("cause", [common.Terminated, KeyboardInterrupt])
+def test_a_signal_within_a_write_is_no_error_of_the_file(cause, tmp_path):
+    class Interrupted(io.BytesIO):
+        def write(self, data):
+            if self.tell() > 1000:
+                raise cause
+            return super().write(data)
+
+    with pytest.raises(cause), common.written_whole(tmp_path / "net.pt"):
+        torch.save(torch.zeros(1000), Interrupted())
+    assert not list(tmp_path.iterdir())
 
 
 def test_out_of_memory_by_any_name():

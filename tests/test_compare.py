@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from scipy.stats import ttest_ind
 
+import checkpoint
 import compare
 import plots
 
@@ -17,8 +18,10 @@ def write_run(folder, accuracy, given=(), **facts):
     flags = dict.fromkeys(("seed", "out", "data", "data_dir", "device"), str(folder))
     flags |= {"sam": 0.1, "rgb_shift": [0, 0, 0], "fill": None} | dict(given)
     (folder / "config.json").write_text(json.dumps({"flags": flags}))
-    known = {"images": "60 images", "tested_on": "test split", "versions": {}}
-    (folder / "summary.json").write_text(json.dumps(known | {"final_accuracy": accuracy} | facts))
+    known = dict.fromkeys((*checkpoint.SUMMARY, "training_seconds", "total_seconds"), 1)
+    known |= {"images": "60 images", "tested_on": "test split", "final_accuracy": accuracy}
+    known |= {"best_accuracy": 0.9, "flip_accuracy": 0.9}
+    (folder / "summary.json").write_text(json.dumps(known | facts))
     lines = [{"epoch": k + 1, "test_accuracy": accuracy, "seconds": 2, **LINE} for k in range(3)]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
@@ -42,6 +45,13 @@ def test_the_interval_is_that_of_a_t_test():
     every = compare.half_widths([[0, 2], [1, 1], [5]])  # a standard deviation of 1, known twice
     assert every == pytest.approx([4.3027, 4.3027, 4.3027 * 1.5**0.5], rel=1e-4)
     assert compare.half_widths([[0.9], [0.91]]) == [None, None]
+
+
+def test_a_long_path_leaves_room_for_the_curves(tmp_path, recwarn):
+    run = tmp_path / ("long" * 50)
+    write_run(run, 0.9)
+    assert compare.main([str(run), "--out", str(tmp_path / "c.png")]) == 0
+    assert not list(recwarn)
 
 
 def test_runs_and_repeated_runs_side_by_side(folders, monkeypatch, capsys):

@@ -289,7 +289,7 @@ def test_mistakes_of_the_user_are_one_line(run, refused):
         assert "metrics.jsonl is damaged" in error(run)
     (run / "metrics.jsonl").write_text(metrics)
     for shape in ((3, 10), (59,), (59, 9), ()):
-        np.save(run / "predictions.npy", np.zeros(shape))
+        np.save(run / "predictions.npy", np.zeros(shape, np.float32))
         assert "predictions.npy does not match" in error(run)
     (run / "predictions.npy").write_bytes(b"no array")
     assert "predictions.npy is damaged" in error(run)

@@ -13,8 +13,10 @@ import torch
 import torch.nn.functional as F
 from PIL import EpsImagePlugin, Image
 from test_checkpoint import model_file
+from test_data import files, write_folder
 
 import checkpoint
+import image_files
 import predict
 
 CLASSES = ["red", "green", "blue", "none"]
@@ -220,6 +222,17 @@ def test_what_decodes_to_too_much_is_skipped(run, tmp_path, capsys, monkeypatch,
     assert error.count("\n") == 1
     bombs = Image.DecompressionBombWarning
     assert not [each for each in recwarn if issubclass(each.category, bombs)]
+
+
+def test_damaged_exif_is_not_warned_of(run, tmp_path, capsys, recwarn):
+    exif = Image.Exif()
+    exif[0x10E], path = "a description", tmp_path / "a.jpg"
+    Image.new("RGB", (32, 32)).save(path, exif=exif.tobytes()[:-9])
+    assert predict.main([str(run), str(path)]) == 0
+    write_folder(tmp_path / "pets", files() | {"train/cat/9.jpg": path.read_bytes()})
+    image_files.read(tmp_path / "pets")
+    assert not capsys.readouterr().err
+    assert not list(recwarn)
 
 
 def test_text_is_aligned_and_printed_batch_by_batch(run, tmp_path, capsys, monkeypatch):
