@@ -129,6 +129,9 @@ def test_a_net_may_return_more_than_a_tensor(packed):
         pooled_by(lambda x: x.amax((2, 3), keepdim=True).view(x.size(0), -1)),
         nn.Sequential(conv(3, 4, 7), nn.ReLU(), nn.AvgPool2d(32), nn.BatchNorm2d(4), nn.Flatten()),
         nn.Sequential(conv(3, 1, 7), nn.ReLU(), nn.Flatten(), nn.Linear(1024, 2)),
+        nn.Sequential(
+            conv(3, 1, 7), nn.ReLU(), nn.Flatten(), nn.Unflatten(1, (1024, 1, 1)), conv(1024, 2, 1)
+        ),
     ],
 )
 def test_the_field_is_that_of_the_global_poolings_input(net):
