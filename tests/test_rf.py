@@ -68,8 +68,9 @@ def run(tmp_path):
     return tmp_path
 
 
-def test_effective_field_of_a_known_net(run, capsys, monkeypatch):
-    net = nn.Sequential(nn.Conv2d(3, 1, 41, padding=20), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+@pytest.mark.parametrize(("stride", "margin", "start"), [(1, 6, 2), (4, 8, 4)])
+def test_effective_field_of_a_known_net(stride, margin, start, run, capsys, monkeypatch):
+    net = nn.Sequential(nn.Conv2d(3, 1, 41, stride, 20), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     rows = net[0].weight.data.fill_(1).squeeze(0)
     rows[:, 0], rows[:, 1] = 0.04, 0.5  # outside the image; the first is under 4.55 %
     monkeypatch.setattr(checkpoint, "load_net", lambda _: (net, {"net": "box"}))
@@ -79,7 +80,7 @@ def test_effective_field_of_a_known_net(run, capsys, monkeypatch):
     assert "box on 10 of the 10 held-out training images of synthetic\n" in printed
     assert "theoretical receptive field  41 pixels" in printed
     assert f"effective receptive field    {(40 * 41) ** 0.5:.1f} pixels" in printed
-    assert drawn.call_args.args[2:4] == (6, [(2, 42), (2, 42)])
+    assert drawn.call_args.args[2:4] == (margin, [(start, start + 40)] * 2)
     assert (run / "effective_rf.png").read_bytes().startswith(b"\x89PNG")
     assert f"gradient mass inside 32×32   {32**2 / (41 * 39.54):.1%}" in printed
 
