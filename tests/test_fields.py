@@ -151,7 +151,8 @@ def test_a_gate_sees_the_whole_image():
         net = nn.Sequential(conv(3, 3, kernel), SqueezeExcitation(3), conv(3, 3, 3))
         assert receptive_field(net) == 32
         assert measured(trace(net).features, 32) == (32, 32)
-        assert trace(net, (3, 32, 48)).receptive_field == (32, 48)
+        for shape in ((32, 48), (48, 32)):
+            assert trace(net, (3, *shape)).receptive_field == shape
     assert receptive_field(nn.Sequential(nn.Conv2d(3, 3, 3, 3), SqueezeExcitation(3))) == 30
     wide = nn.Sequential(conv(3, 3, 41), SqueezeExcitation(3), conv(3, 3, 3))
     assert receptive_field(wide) == 43  # here the central output's own window is larger

@@ -28,6 +28,7 @@ def albumentations_draws():
 
 
 def uniform_p(values, low, high):
+    assert low <= values.min() <= values.max() <= high
     return stats.kstest(values.numpy(), stats.uniform(low, high - low).cdf).pvalue
 
 
