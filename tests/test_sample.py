@@ -94,8 +94,9 @@ def test_holes_of_any_size_are_drawn_as_albumentations_does():
     dropout = reference.compose(policy, (0.0, 0.0, 0.0)).transforms[2]
     dropout.set_random_seed(8)
     shape = {"shape": (32, 32, 3)}
-    theirs = [dropout.get_params_dependent_on_data(shape, {})["holes"][0] for _ in range(DRAWS)]
-    theirs = torch.from_numpy(np.stack(theirs)).long()
+    theirs = [dropout.get_params_dependent_on_data(shape, {})["holes"] for _ in range(DRAWS)]
+    theirs = torch.from_numpy(np.concatenate(theirs)).long()
+    assert len(theirs) == DRAWS  # one in each image
     assert ours.min() >= 0
     assert ours.max() == 32
     for axis in (0, 1):
