@@ -209,6 +209,7 @@ UNACCOUNTED = {
     "transpose": lambda m, x: m.a(x).transpose(2, 3),
     "cat": lambda m, x: torch.cat([m.a(x), m.a(x)], 3),
     "truediv": lambda m, x: m.a(x) / m.a(x).max(),
+    "truediv.?": lambda m, x: m.a(x) / m.a(x).sum(),
     "mean": lambda m, x: m.a(x) * m.a(x).mean(3, keepdim=True),
     "mul": lambda m, x: m.a(x) * m.b(m.a(x)[:, :, :1]),
     "adaptive_avg_pool2d": lambda m, x: m.b(F.adaptive_avg_pool2d(m.a(x), (8, 5))),
