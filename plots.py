@@ -191,7 +191,7 @@ def comparison(path: Path, histories: dict[str, list[list[dict[str, Any]]]]) -> 
     left.xaxis.get_major_locator().set_params(integer=True)
     middle.set_xlabel("seconds of training, without evaluation")
     right.set_xlabel("test accuracy in the last epoch, %")
-    names = [name if len(name) <= 40 else "…" + name[-39:] for name in histories]
+    names = [name if len(name) <= 30 else "…" + name[-29:] for name in histories]
     right.set_yticks(range(len(histories)), names)
     right.grid(axis="y", visible=False)
     right.set_ylim(len(histories) - 0.5, -0.5)
