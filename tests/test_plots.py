@@ -73,6 +73,8 @@ def test_confusion_counts_true_classes_in_rows(tmp_path, monkeypatch):
     axes, share = shown.call_args.args
     assert share.tolist() == [[75, 25, 0], [0, 100, 0], [0, 0, 0]]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
+    for axis in (axes.xaxis, axes.yaxis):
+        assert [tick.get_text() for tick in axis.get_ticklabels()] == ["cat", "dog", "untested"]
     texts = [(*call.args[1:], call.kwargs["color"]) for call in written.call_args_list]  # x, y
     assert texts[:2] == [(0, 0, "75.0", "white"), (1, 0, "25.0", "black")]
     assert texts[3:5] == [(0, 1, "0.0", "black"), (1, 1, "100.0", "white")]

@@ -72,9 +72,13 @@ def test_a_plain_loop_has_its_precision(dataset, precision, monkeypatch):
 def test_phases_of_several_batches_count_their_images(dataset, monkeypatch):
     monkeypatch.setattr(ways.epochs, "batches_at_once", lambda *_: 3)
     monkeypatch.setattr(ways.step, "prepared", prepared := Mock(wraps=ways.step.prepared))
-    phases = ways.phases(dataset, ways.settings("net136k", 16, "fp32"))
+    learner = ways._learner(dataset, settings := ways.settings("net136k", 16, "fp32"))
+    monkeypatch.setattr(ways, "_learner", lambda *_: learner)
+    phases, head = ways.phases(dataset, settings), list(learner.net.parameters())[-1]
+    before = head.detach().clone()
     for job, _ in phases.values():
         job()
+    assert not torch.equal(head, before)
     assert len(prepared.call_args.args[0]) == 48
     assert [images for _, images in phases.values()] == [48, 48, 16, 16, 16]
 
