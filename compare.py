@@ -15,29 +15,30 @@ import plots
 from common import Parser, UserError, going_on, with_exit_status
 
 
-def half_widths(groups: list[list[float]]) -> list[float | None]:
-    """Half the width of the 95 % confidence interval of each group's mean less the first's, by
-    Student's t with one variance for all groups; all None if no group has two values."""
+def half_width(first: list[float], other: list[float]) -> float | None:
+    """Half the width of the 95 % confidence interval of the difference of two groups' means, by
+    Student's t; None if each has one value. No third group counts: its seeds may differ by more."""
     from scipy.stats import t
 
-    freedom = sum(len(group) - 1 for group in groups)
+    freedom = len(first) + len(other) - 2
     if not freedom:
-        return [None] * len(groups)
-    squares = sum((x - statistics.fmean(group)) ** 2 for group in groups for x in group)
-    width = float(t.ppf(0.975, freedom)) * math.sqrt(squares / freedom)
-    return [width * math.sqrt(1 / len(groups[0]) + 1 / len(group)) for group in groups]
+        return None
+    squares = sum((x - statistics.fmean(group)) ** 2 for group in (first, other) for x in group)
+    error = math.sqrt(squares / freedom * (1 / len(first) + 1 / len(other)))
+    return float(t.ppf(0.975, freedom)) * error
 
 
 def table(accuracies: dict[str, list[float]]) -> str:
     """A line for each name: its number of seeds, their mean, in percent, with its standard
     deviation, and the change from the first name's, in points."""
-    width, groups = max(map(len, accuracies)), list(accuracies.values())
+    width, first = max(map(len, accuracies)), next(iter(accuracies.values()))
     lines = [f"{'':<{width}} seeds {'%, mean ± sd':<13}   change, 95 % interval over seeds"]
-    for (name, group), half in zip(accuracies.items(), half_widths(groups), strict=True):
+    for name, group in accuracies.items():
         spread = f" ± {100 * statistics.stdev(group):.2f}" if len(group) > 1 else ""
         line = f"{name:<{width}} {len(group):5d} {100 * statistics.fmean(group):6.2f}{spread:<7}"
-        if group is not groups[0]:
-            change = statistics.fmean(group) - statistics.fmean(groups[0])
+        if group is not first:
+            change = statistics.fmean(group) - statistics.fmean(first)
+            half = half_width(first, group)
             line += f"   {100 * change:+6.2f}"
             if half:
                 verdict = "within chance" if abs(change) <= half else "beyond chance"

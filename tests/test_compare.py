@@ -41,10 +41,20 @@ def folders(tmp_path, monkeypatch):
 def test_the_interval_is_that_of_a_t_test():
     first, other = [0.9, 0.91, 0.92], [0.93, 0.95]
     low, high = ttest_ind(other, first).confidence_interval()
-    assert compare.half_widths([first, other])[1] == pytest.approx((high - low) / 2)
-    every = compare.half_widths([[0, 2], [1, 1], [5]])  # a standard deviation of 1, known twice
-    assert every == pytest.approx([4.3027, 4.3027, 4.3027 * 1.5**0.5], rel=1e-4)
-    assert compare.half_widths([[0.9], [0.91]]) == [None, None]
+    assert compare.half_width(first, other) == pytest.approx((high - low) / 2)
+    assert compare.half_width([0, 2, 1], [5]) == pytest.approx(4.3027 * (4 / 3) ** 0.5, rel=1e-4)
+    assert compare.half_width([0.9], [0.91]) is None
+
+
+def test_an_erratic_run_changes_no_other_verdict(folders, capsys):
+    def line_of_moved(names):
+        assert compare.main(names) == 0
+        return next(x for x in capsys.readouterr().out.splitlines() if x.startswith("moved "))
+
+    alone = line_of_moved(["still", "moved"])
+    for seed, accuracy in ((0, 0.1), (1, 0.8)):
+        write_run(Path(f"erratic/s{seed}"), accuracy)
+    assert line_of_moved(["still", "moved", "erratic"]).split() == alone.split()
 
 
 def test_a_long_path_leaves_room_for_the_curves(tmp_path, recwarn):
@@ -62,7 +72,7 @@ def test_runs_and_repeated_runs_side_by_side(folders, monkeypatch, capsys):
     assert [line.split() for line in lines[:3]] == [
         ["still", "3", "91.00", "±", "1.00"],
         ["moved", "2", "94.00", "±", "1.41", "+3.00", "±", "3.35,", "within", "chance"],
-        ["alone", "1", "91.01", "+0.01", "±", "4.24,", "within", "chance"],
+        ["alone", "1", "91.01", "+0.01", "±", "4.97,", "within", "chance"],
     ]
     assert heading.index("change") <= lines[1].index("+3.00") < len(heading) <= 80
     assert lines[3:] == [
@@ -87,7 +97,7 @@ def test_a_difference_beyond_chance(folders, capsys):
     write_run(Path("worse/s0"), 0.7, {"new_flag": 1})
     assert compare.main([*folders, "worse", "--out", "c.pdf"]) == 0
     said = capsys.readouterr().out
-    assert "-21.00 ± 4.24, beyond chance" in said
+    assert "-21.00 ± 4.97, beyond chance" in said
     assert said.endswith("\nworse: --new-flag 1 (None)\ndrawn: c.pdf\n")
     assert Path("c.pdf").read_bytes().startswith(b"%PDF")
     assert compare.main(["worse", "alone"]) == 0
